@@ -1,0 +1,39 @@
+# Each target sets up what it needs in .venv, from Python 3.11 or newer and the network.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Two workers: more cost more in compilation than they gain.
+WORKERS ?= 2
+
+.PHONY: test demo lint format bench clean
+
+test: lint
+	$(BIN)/pytest -n $(WORKERS) --cov --cov-report=term
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(VENV)/demo
+	$(BIN)/python examples/train_text.py
+
+bench: $(VENV)/test
+	$(BIN)/python benchmarks/auto_rules.py
+
+# A stamp per set of extras, renewed when the dependencies change.
+$(VENV)/test $(VENV)/demo: $(VENV)/%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage dist

@@ -1,0 +1,34 @@
+"""Adaptive gradient clipping as native Optax gradient transformations.
+
+tx = optax.chain(smartclip.autoclip(), optax.adamw(3e-4))
+"""
+
+from optax_smartclip import masks
+from optax_smartclip.clippers.agc import agc
+from optax_smartclip.clippers.autoclip import autoclip
+from optax_smartclip.clippers.zscore_clip import zscore_clip
+from optax_smartclip.engine.groups import group_labels
+from optax_smartclip.engine.metrics import ClipMetrics, metrics
+from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
+from optax_smartclip.engine.states import ClipState
+from optax_smartclip.histories.geometric_quantile import geometric_quantile
+from optax_smartclip.histories.history import NormHistory
+from optax_smartclip.histories.ring_buffer import ring_buffer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClipMetrics",
+    "ClipState",
+    "NormHistory",
+    "ThresholdRule",
+    "agc",
+    "autoclip",
+    "clip_by_rule",
+    "geometric_quantile",
+    "group_labels",
+    "masks",
+    "metrics",
+    "ring_buffer",
+    "zscore_clip",
+]

@@ -1,0 +1,153 @@
+"""AutoClip: clip at a percentile of the norms so far, or at the fence of their box plot.
+
+    percentile mode   threshold = P_p(n_1 .. n_t), the current norm included
+    auto mode         threshold = q75 + 1.5 (q75 - q25) of the norms before the current one
+
+Seetharaman, Wichern, Pardo, Le Roux, `AutoClip: Adaptive Gradient Clipping for Source Separation
+Networks <https://arxiv.org/abs/2007.14469>`_, 2020. Tukey, *Exploratory Data Analysis*, 1977
+(the inner fence of the box plot, beyond which a value is called an outlier).
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from optax_smartclip.engine import checks
+from optax_smartclip.engine.groups import Scope
+from optax_smartclip.engine.norms import AxisName, Norms
+from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
+from optax_smartclip.histories.history import HistoryState, NormHistory, Percentile
+from optax_smartclip.histories.ring_buffer import ring_buffer
+
+# Tukey's constant. It puts the fence at 2.7 standard deviations of normally distributed norms
+# (0.4 % of them are above), and no upper quarter of spikes can move it by more than it would if
+# they were ordinary large norms. benchmarks/auto_rules.py prints how other rules fare.
+_FENCE = 1.5
+
+# The window is short so that the fence follows a changing level: with 256, a rise by a factor of
+# 10 within 100 steps is clipped to 0.8 of its size on average, with 128 to 0.9. The percentile
+# mode asks for far percentiles, which take more norms to know.
+_AUTO_WINDOW = 128
+_PERCENTILE_WINDOW = 1024
+
+# The fence of fewer norms than this is mostly noise.
+_AUTO_WARMUP = 10
+
+
+def autoclip(
+    percentile: Any = None,
+    *,
+    history: NormHistory | None = None,
+    scope: Scope = "global",
+    warmup_steps: Any = None,
+    max_norm: Any = None,
+    nonfinite: str = "zero",
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips gradients to a threshold learnt from the history of their norms.
+
+    Without a percentile (the auto mode), only outliers are clipped: a norm is cut to the fence
+    `q75 + 1.5 * (q75 - q25)`, where q25 and q75 are quartiles of the last 128 raw norms, *the
+    current one left out*. There is no number to set: the fence scales with the gradient, follows
+    a change of its level within some 30 steps, and no burst of spikes shorter than a quarter of
+    the window can lift it beyond the ordinary norms.
+
+    With a percentile, gradients are cut to that percentile of the last 1,024 raw norms, *the
+    current one included*, as in the AutoClip paper (which keeps all norms ever seen; use
+    `ring_buffer(steps)` for the same). Note what this asks for: `autoclip(10.0)`, the paper's
+    recommendation, scales down 90 % of all steps.
+
+    In both modes the raw norm is what is recorded, clipped or not, so that a lasting change is
+    learnt; NaN and Inf never are.
+
+    Args:
+        percentile: In [0, 100], or None for the auto mode.
+        history: Where norms are kept: `ring_buffer(size)`, or, with a percentile,
+            `geometric_quantile(rate)`. By default `ring_buffer(128)` in auto mode and
+            `ring_buffer(1024)` with a percentile.
+        scope: Which leaves share one norm; see `clip_by_rule`.
+        warmup_steps: How many finite norms are observed before clipping starts. By default 10 in
+            auto mode and 0 with a percentile.
+        max_norm: A ceiling that always holds, in warm-up too; see `clip_by_rule`.
+        nonfinite: `"zero"` or `"propagate"`, for NaN and Inf norms; see `clip_by_rule`.
+        axis_name: Mapped axes over which leaves are split; see `clip_by_rule`.
+
+    Returns:
+        A gradient transformation. Its state has the history and the last step's metrics.
+
+    Raises:
+        ValueError: If an argument is out of range, or `history` cannot answer what the mode asks
+            of it (the auto mode needs two percentiles).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import optax_smartclip as smartclip
+        >>> tx = optax.chain(smartclip.autoclip(), optax.sgd(1.0))
+        >>> params = {"w": jnp.zeros(2)}
+        >>> opt_state = tx.init(params)
+        >>> for size in [1.0, 2.0] * 10 + [1000.0]:  # quartiles 1 and 2: the fence is at 3.5
+        ...     updates, opt_state = tx.update({"w": size * jnp.array([0.6, 0.8])}, opt_state)
+        >>> float(smartclip.metrics(opt_state)["clip_threshold"])
+        3.5
+        >>> print(f"{optax.tree.norm(updates):.2f}")
+        3.50
+    """
+    if percentile is None:
+        history = ring_buffer(_AUTO_WINDOW) if history is None else history
+        rule = fence_rule(history)
+        warmup_steps = _AUTO_WARMUP if warmup_steps is None else warmup_steps
+    else:
+        checks.check_number("percentile", percentile, 0.0, 100.0, allowed="in [0, 100], or None")
+        history = ring_buffer(_PERCENTILE_WINDOW) if history is None else history
+        rule = percentile_rule(history, percentile)
+        warmup_steps = 0 if warmup_steps is None else warmup_steps
+    return clip_by_rule(
+        rule,
+        scope=scope,
+        warmup_steps=warmup_steps,
+        max_norm=max_norm,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+    )
+
+
+def percentile_rule(history: NormHistory, percentile: Percentile) -> ThresholdRule:
+    """Threshold: the percentile of the raw norms, the current one included."""
+
+    def record(state: HistoryState, norms: Norms, thresholds: Norms | None = None) -> HistoryState:
+        del thresholds
+        return history.record(state, norms, (percentile,))
+
+    def threshold(state: HistoryState, norms: Norms) -> Norms:
+        return history.percentile(record(state, norms), percentile)
+
+    return ThresholdRule(history.init, threshold, record)
+
+
+def fence_rule(history: NormHistory) -> ThresholdRule:
+    """Threshold: Tukey's inner fence of the raw norms before the current one.
+
+    Raises:
+        ValueError: If the history cannot follow two percentiles.
+    """
+    quartiles = (25.0, 75.0)
+    if history.max_percentiles is not None and history.max_percentiles < len(quartiles):
+        raise ValueError(
+            "`history` must be able to answer two percentiles for autoclip() without a "
+            f"percentile, as ring_buffer(size) is, got {history.name}."
+        )
+
+    def threshold(state: HistoryState, norms: Norms) -> Norms:
+        del norms
+        q25, q75 = (history.percentile(state, quartile) for quartile in quartiles)
+        fence = q75 + _FENCE * (q75 - q25)
+        # A group whose gradient was zero so far has shown no scale that it could exceed.
+        return jnp.where(fence > 0, fence, jnp.inf)
+
+    def record(state: HistoryState, norms: Norms, thresholds: Norms) -> HistoryState:
+        del thresholds
+        return history.record(state, norms, quartiles)
+
+    return ThresholdRule(history.init, threshold, record)

@@ -1,0 +1,65 @@
+"""Checks of arguments, made where the user wrote them: in the factories.
+
+Each raises with the argument's name, its value and what is allowed. A number is checked only
+when it is a Python or NumPy number: one that is a JAX array, as `optax.inject_hyperparams` makes
+of them, may be traced and then has no value yet.
+"""
+
+import numbers
+from typing import Any
+
+
+def check_number(
+    name: str,
+    value: Any,
+    low: float,
+    high: float,
+    *,
+    allowed: str,
+    strict_low: bool = False,
+    strict_high: bool = False,
+) -> None:
+    """Raises ValueError unless `low <= value <= high`, with `<` where strict."""
+    if isinstance(value, bool):
+        valid = False
+    elif isinstance(value, numbers.Real):
+        number = float(value)
+        # Written so that NaN fails.
+        above = number > low if strict_low else number >= low
+        below = number < high if strict_high else number <= high
+        valid = above and below
+    else:
+        valid = True
+    if not valid:
+        raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
+
+
+def check_size(name: str, value: Any, high: int) -> None:
+    """Raises ValueError unless `value` is a Python int from 1 to `high`: it sets a shape."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
+        raise ValueError(
+            f"`{name}` must be a Python int from 1 to {high} (it sets the shape of the state), "
+            f"got {value!r}."
+        )
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        allowed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
+
+
+def check_shared(warmup_steps: Any, max_norm: Any, nonfinite: Any) -> None:
+    """Checks the arguments that all clippers share."""
+    check_number("warmup_steps", warmup_steps, 0.0, 2.0**31, allowed="a number of steps, >= 0")
+    if max_norm is not None:
+        check_number(
+            "max_norm",
+            max_norm,
+            0.0,
+            float("inf"),
+            allowed="positive, or None for no ceiling",
+            strict_low=True,
+        )
+    check_choice("nonfinite", nonfinite, ("zero", "propagate"))

@@ -1,0 +1,125 @@
+"""What a clipper did in its last step, and how to read it from any optimizer state.
+
+Inside or outside `jit`:
+
+    smartclip.metrics(opt_state)["grad_norm"]
+    optax.tree.get(opt_state, "grad_norm")
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float32, Int32
+
+from optax_smartclip.engine.norms import Norms
+from optax_smartclip.engine.scaling import clip_scale
+from optax_smartclip.engine.trees import path_name, unwrap_variables
+
+
+# A NamedTuple, because optax.tree.get looks into those and not into dataclasses. The names are
+# chosen not to collide with those in Optax's own states.
+class ClipMetrics(NamedTuple):
+    """The record of a clipper's last step. No clipper's decisions depend on it.
+
+    Every field has the shape `[groups]`, or `[]` if there is one group.
+
+    Attributes:
+        grad_norm: float32, the norm before clipping; NaN or Inf if that is what it was.
+        clip_threshold: float32, the largest norm allowed; Inf while nothing is (in warm-up).
+        clip_scale: float32, what the gradient was multiplied by, in [0, 1].
+        clipped: bool, whether the norm was over the threshold.
+        num_steps: int32, the updates so far. Counts stop at 2 ** 31 - 1.
+        num_clipped: int32, those that were clipped.
+        num_nonfinite: int32, those with a NaN or Inf norm.
+    """
+
+    grad_norm: Float32[Array, " *groups"]
+    clip_threshold: Float32[Array, " *groups"]
+    clip_scale: Float32[Array, " *groups"]
+    clipped: Bool[Array, " *groups"]
+    num_steps: Int32[Array, " *groups"]
+    num_clipped: Int32[Array, " *groups"]
+    num_nonfinite: Int32[Array, " *groups"]
+
+
+def init_metrics(num_groups: int) -> ClipMetrics:
+    """The metrics before the first step: zero norms, infinite thresholds, no steps."""
+    shape = () if num_groups == 1 else (num_groups,)
+
+    # A new array for each field: one array in two fields could not be donated.
+    def count() -> Int32[Array, " *groups"]:
+        return jnp.zeros(shape, jnp.int32)
+
+    return ClipMetrics(
+        grad_norm=jnp.zeros(shape, jnp.float32),
+        clip_threshold=jnp.full(shape, jnp.inf, jnp.float32),
+        clip_scale=jnp.ones(shape, jnp.float32),
+        clipped=jnp.zeros(shape, bool),
+        num_steps=count(),
+        num_clipped=count(),
+        num_nonfinite=count(),
+    )
+
+
+def next_metrics(
+    previous: ClipMetrics, norms: Norms, thresholds: Norms, nonfinite: str
+) -> ClipMetrics:
+    """The metrics of a step with these norms and thresholds."""
+    norms, thresholds = (x.reshape(previous.grad_norm.shape) for x in (norms, thresholds))
+    finite = jnp.isfinite(norms)
+    clipped = finite & (norms > thresholds)
+    dropped = 0.0 if nonfinite == "zero" else 1.0
+    return ClipMetrics(
+        grad_norm=norms,
+        clip_threshold=thresholds,
+        clip_scale=jnp.where(finite, clip_scale(norms, thresholds), dropped),
+        clipped=clipped,
+        num_steps=optax.safe_increment(previous.num_steps),
+        num_clipped=increment_where(clipped, previous.num_clipped),
+        num_nonfinite=increment_where(~finite, previous.num_nonfinite),
+    )
+
+
+def increment_where(
+    mask: Bool[Array, " *groups"], count: Int32[Array, " *groups"]
+) -> Int32[Array, " *groups"]:
+    """Adds one where `mask` holds, up to the largest int32."""
+    return jnp.where(mask, optax.safe_increment(count), count)
+
+
+def metrics(opt_state: Any) -> dict[str, Array]:
+    """The last step's record of every clipper in an optimizer state.
+
+    A pure function of arrays: call it outside of `jit` on the state that a step returned, or
+    inside and return the dictionary.
+
+    Args:
+        opt_state: Any optimizer state, however nested, as `init` or `update` returned it.
+
+    Returns:
+        The fields of `ClipMetrics` by name, each of shape `[]` or `[groups]`. If there are several
+        clippers, each name is preceded by the place of its clipper in the state, as in
+        `"0/grad_norm"` for the first link of a chain. Empty if there is no clipper.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import optax_smartclip as smartclip
+        >>> tx = optax.chain(smartclip.autoclip(max_norm=1.0), optax.sgd(0.1))
+        >>> params = {"w": jnp.zeros(2)}
+        >>> _, opt_state = tx.update({"w": jnp.array([3.0, 4.0])}, tx.init(params))
+        >>> record = smartclip.metrics(opt_state)
+        >>> float(record["grad_norm"]), round(float(record["clip_scale"]), 6)
+        (5.0, 0.2)
+    """
+    records = jax.tree_util.tree_flatten_with_path(
+        unwrap_variables(opt_state), is_leaf=lambda node: isinstance(node, ClipMetrics)
+    )[0]
+    found = {path[:-1]: node for path, node in records if isinstance(node, ClipMetrics)}
+    return {
+        f"{path_name(path)}/{name}" if len(found) > 1 else name: value
+        for path, record in found.items()
+        for name, value in record._asdict().items()
+    }

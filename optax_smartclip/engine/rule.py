@@ -1,0 +1,195 @@
+"""The engine: from a rule that maps norms to thresholds, a gradient transformation.
+
+A history-based clipper is a `ThresholdRule`, three pure functions of arrays; everything else
+(groups, norms, warm-up, ceiling, non-finite steps, scaling, metrics) is `clip_by_rule`, once for
+all of them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from optax_smartclip.engine import checks
+from optax_smartclip.engine.groups import Groups, Scope, assign_groups, check_scope
+from optax_smartclip.engine.metrics import increment_where, next_metrics
+from optax_smartclip.engine.norms import (
+    AxisName,
+    Norms,
+    as_float32,
+    by_leaf,
+    group_norms,
+    is_inexact,
+)
+from optax_smartclip.engine.scaling import clip_arrays, limit_threshold
+from optax_smartclip.engine.states import ClipState, init_state, register_with_flax, select_groups
+from optax_smartclip.engine.trees import KeyPath, PyTree, flatten, path_name, replace_leaves
+
+RuleState = Any
+
+
+class ThresholdRule(NamedTuple):
+    """What a history-based clipper has learnt, as three pure functions.
+
+    `norms` and thresholds are float32[groups]. The norms that a rule is given are finite and not
+    negative: where a group's norm is not finite, the rule is shown a zero, its threshold is not
+    used and its state is kept as it was.
+
+    Attributes:
+        init: Number of groups -> state. Every leaf of it has a leading `groups` axis.
+        threshold: State, norms of this step -> thresholds. Whether the norms that are to be
+            judged have a say in it is the rule's choice.
+        record: State, norms, what `threshold` returned for them -> next state. The thresholds
+            are the rule's own, before warm-up and `max_norm`.
+    """
+
+    init: Callable[[int], RuleState]
+    threshold: Callable[[RuleState, Norms], Norms]
+    record: Callable[[RuleState, Norms, Norms], RuleState]
+
+
+def clip_by_rule(
+    rule: ThresholdRule,
+    *,
+    scope: Scope = "global",
+    warmup_steps: Any = 0,
+    max_norm: Any = None,
+    nonfinite: str = "zero",
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips the norm of each group of leaves to the threshold that a rule has learnt.
+
+    Each update computes the norm of each group, asks the rule for thresholds, multiplies each
+    group by `min(1, threshold / norm)` and lets the rule record the norms. The gradient is read
+    once for the norms and once to scale it; a gradient within the threshold is returned bit for
+    bit.
+
+    `update` accepts `grad_norm=`, a scalar, if the norm of the whole gradient has already been
+    computed; it is then not computed again (scope "global" only).
+
+    Args:
+        rule: The rule.
+        scope: Which leaves share one norm: `"global"` (all), `"per_layer"` (those with the same
+            parent path), `"per_param"` (none), a tree of labels with the structure of the
+            parameters or a prefix of it, or a function of a leaf's key path (as in
+            `jax.tree_util.tree_map_with_path`) that returns a label.
+        warmup_steps: How many finite norms a group has observed before the rule may clip it.
+            They are recorded. A number >= 0.
+        max_norm: A ceiling on the norm of every group that always holds, in warm-up too: a
+            positive number, in the unit of the gradient's norm, or None.
+        nonfinite: What becomes of a group whose norm is NaN or Inf: `"zero"`, its updates are
+            zero, or `"propagate"`, they pass as they are. Either way it is counted and never
+            recorded.
+        axis_name: Under `shard_map` or `pmap`, the mapped axis or axes over which the leaves are
+            split, so that norms are summed across them. Not needed under `jit`, nor where each
+            device holds the whole gradient.
+
+    Returns:
+        A transformation with a `ClipState`. Numbers may be traced, as with
+        `optax.inject_hyperparams`; a function as `scope` must then be named in `static_args`.
+
+    Raises:
+        ValueError: If an argument is out of range; from `init`, if the rule's state lacks the
+            `groups` axis; from `update`, if the gradient has other groups than the parameters
+            had, or `grad_norm` is given for more than one group or is not a scalar.
+
+    Example:
+        A clipper that halves the largest norm it lets through whenever it is exceeded:
+
+        >>> import jax.numpy as jnp
+        >>> import optax_smartclip as smartclip
+        >>> halving = smartclip.ThresholdRule(
+        ...     init=lambda groups: jnp.full(groups, 8.0),
+        ...     threshold=lambda limits, norms: limits,
+        ...     record=lambda limits, norms, _: jnp.where(norms > limits, limits / 2, limits),
+        ... )
+        >>> tx = smartclip.clip_by_rule(halving)
+        >>> state = tx.init({"w": jnp.zeros(2)})
+        >>> for _ in range(2):
+        ...     updates, state = tx.update({"w": jnp.array([6.0, 8.0])}, state)
+        ...     print(updates["w"])
+        [4.8 6.4]
+        [2.4 3.2]
+    """
+    check_scope(scope)
+    checks.check_shared(warmup_steps, max_norm, nonfinite)
+
+    def init_fn(params: PyTree) -> ClipState:
+        register_with_flax()
+        num_groups = len(assign_groups(scope, params).labels)
+        rule_state = rule.init(num_groups)
+        for leaf in jax.tree.leaves(rule_state):
+            if jnp.shape(leaf)[:1] != (num_groups,):
+                raise ValueError(
+                    "`rule.init` must return arrays whose first axis has one entry per group "
+                    f"({num_groups}), got the shape {jnp.shape(leaf)}."
+                )
+        return init_state(rule_state, num_groups)
+
+    def update_fn(
+        updates: PyTree,
+        state: ClipState,
+        params: PyTree | None = None,
+        *,
+        grad_norm: Any = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, ClipState]:
+        del extra_args
+        groups = assign_groups(scope, updates if params is None else params)
+        num_groups = len(groups.labels)
+        if state.num_observed.shape != (num_groups,):
+            raise ValueError(
+                f"The gradient falls into {num_groups} groups, but `init` was called with "
+                f"parameters of {state.num_observed.shape[0]}. If leaves of the gradient are "
+                "None where the parameters are not, pass `params` to `update`."
+            )
+        leaves = clippable_leaves(updates, groups)
+        arrays = list(leaves.values())
+        partition = by_leaf([groups.number[path] for path in leaves], num_groups)
+        if grad_norm is None:
+            norms = group_norms(arrays, partition, axis_name=axis_name)
+        else:
+            norms = _given_norm(grad_norm, scope)
+
+        finite = jnp.isfinite(norms)
+        shown = jnp.where(finite, norms, 0.0)
+        thresholds = rule.threshold(state.rule, shown)
+        limits = limit_threshold(thresholds, state.num_observed, warmup_steps, max_norm)
+        clipped = clip_arrays(arrays, partition, norms, limits, nonfinite)
+        recorded = rule.record(state.rule, shown, thresholds)
+        next_state = ClipState(
+            rule=select_groups(finite, recorded, state.rule),
+            num_observed=increment_where(finite, state.num_observed),
+            last=next_metrics(state.last, norms, limits, nonfinite),
+        )
+        return replace_leaves(updates, dict(zip(leaves, clipped, strict=True))), next_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def clippable_leaves(updates: PyTree, groups: Groups) -> dict[KeyPath, Array]:
+    """The leaves that have a norm, as arrays by key path.
+
+    Raises:
+        ValueError: If the gradient has a leaf that the parameters do not have.
+    """
+    leaves = {path: leaf for path, leaf in flatten(updates).items() if is_inexact(leaf)}
+    for path in leaves:
+        if path not in groups.number:
+            raise ValueError(
+                f"The gradient has a leaf {path_name(path)!r} that `params` does not have."
+            )
+    return {path: jnp.asarray(leaf) for path, leaf in leaves.items()}
+
+
+def _given_norm(grad_norm: Any, scope: Scope) -> Norms:
+    if not (isinstance(scope, str) and scope == "global"):
+        raise ValueError(
+            f"`grad_norm` is the norm of the whole gradient and needs scope='global', got {scope=}."
+        )
+    if jnp.shape(grad_norm) != ():
+        raise ValueError(f"`grad_norm` must be a scalar, got the shape {jnp.shape(grad_norm)}.")
+    return as_float32(grad_norm)[None]

@@ -1,0 +1,104 @@
+"""How states are declared: frozen chex dataclasses that Flax can serialize, too.
+
+A clipper's state is a `ClipState`; what its rule remembers is a dataclass of the rule's own,
+declared with `@state`:
+
+    @state
+    class MeanState:
+        mean: Norms
+"""
+
+import dataclasses
+import sys
+from typing import Any, TypeVar, dataclass_transform
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+
+from optax_smartclip.engine.metrics import ClipMetrics, init_metrics
+from optax_smartclip.engine.norms import Mask
+
+T = TypeVar("T")
+
+_declared: list[type] = []
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def state(cls: type[T]) -> type[T]:
+    """Declares a state: a frozen `chex.dataclass` of arrays.
+
+    Args:
+        cls: A class with annotated fields, each an array with a leading `groups` axis, or again
+            a state.
+
+    Returns:
+        The dataclass, a JAX pytree. Its instances are made with keyword arguments only.
+    """
+    declared: type[T] = chex.dataclass(cls, frozen=True, kw_only=True, mappable_dataclass=False)
+    _declared.append(declared)
+    return declared
+
+
+@state
+class ClipState:
+    """The state of every clipper.
+
+    Attributes:
+        rule: What the threshold is computed from: every leaf has a leading `groups` axis.
+        num_observed: The finite norms seen so far; `warmup_steps` is compared with it.
+        last: The record of the last step. Reported, never read to decide anything.
+    """
+
+    rule: Any
+    num_observed: Int32[Array, " groups"]
+    last: ClipMetrics
+
+
+def init_state(rule: Any, num_groups: int) -> ClipState:
+    """The state before the first step, around what the rule starts with."""
+    return ClipState(
+        rule=rule,
+        num_observed=jnp.zeros(num_groups, jnp.int32),
+        last=init_metrics(num_groups),
+    )
+
+
+def select_groups(mask: Mask, new: T, old: T) -> T:
+    """The new state for the groups in `mask`, the old one for the others."""
+
+    def select(new: Array, old: Array) -> Array:
+        return jnp.where(mask.reshape(mask.shape + (1,) * (old.ndim - 1)), new, old)
+
+    selected: T = jax.tree.map(select, new, old)
+    return selected
+
+
+def register_with_flax() -> None:
+    """Makes `flax.serialization` know the declared states, if the program has loaded it.
+
+    Called from `init`, which every save and restore must have gone through to have a state, so
+    that Flax itself need be neither installed nor imported.
+    """
+    serialization = sys.modules.get("flax.serialization")
+    while serialization is not None and _declared:
+        cls = _declared.pop()
+        names = [field.name for field in dataclasses.fields(cls)]
+
+        def to_state_dict(node: Any, names: list[str] = names) -> dict[str, Any]:
+            return {name: serialization.to_state_dict(getattr(node, name)) for name in names}
+
+        def from_state_dict(node: Any, saved: dict[str, Any], names: list[str] = names) -> Any:
+            if set(saved) != set(names):
+                raise ValueError(
+                    f"A saved {type(node).__name__} must have the fields {sorted(names)}, "
+                    f"got {sorted(saved)}."
+                )
+            fields = {
+                name: serialization.from_state_dict(getattr(node, name), saved[name], name=name)
+                for name in names
+            }
+            return dataclasses.replace(node, **fields)
+
+        serialization.register_serialization_state(cls, to_state_dict, from_state_dict)

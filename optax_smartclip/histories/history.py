@@ -1,0 +1,35 @@
+"""Histories: the memory of past norms that a rule can be built on.
+
+A history answers one question, "which norm did this percentage of past steps stay under?", for
+each group on its own. It is three pure functions, like a rule, and knows nothing of clipping.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from optax_smartclip.engine.norms import Norms
+
+HistoryState = Any
+Percentile = Any
+
+
+class NormHistory(NamedTuple):
+    """A memory of norms, as three pure functions of arrays.
+
+    `norms` are float32[groups], finite and not negative.
+
+    Attributes:
+        init: Number of groups -> state. Every leaf of it has a leading `groups` axis.
+        record: State, norms, the percentiles that will be asked for -> next state. The same
+            percentiles are given at every step.
+        percentile: State, a percentile in [0, 100] -> float32[groups], in the unit of the norms.
+            The largest float32 for a group that has recorded nothing.
+        max_percentiles: To how many percentiles `record` can attend; None if to any number.
+        name: What to call it in an error message, as the user wrote it.
+    """
+
+    init: Callable[[int], HistoryState]
+    record: Callable[[HistoryState, Norms, Sequence[Percentile]], HistoryState]
+    percentile: Callable[[HistoryState, Percentile], Norms]
+    max_percentiles: int | None
+    name: str

@@ -1,0 +1,144 @@
+"""A history of the last `size` norms, with exact percentiles and no sorting.
+
+Next to the ring, which knows which norm is the oldest, the same norms are kept in ascending
+order. A step deletes the oldest norm from the ordered copy and inserts the newest, each by one
+elementwise pass:
+
+    delete:  keep what is below the oldest, move the rest down by one
+    insert:  new[i] = max(old[i - 1], min(old[i], norm))
+
+Empty places hold the largest float32, so that they are the tail of the ordered copy, and filling
+one is deleting it and inserting a norm, like any other step.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int32
+
+from optax_smartclip.engine import checks
+from optax_smartclip.engine.norms import Norms, as_float32
+from optax_smartclip.engine.states import state
+from optax_smartclip.histories.history import NormHistory, Percentile
+
+# Positions in the buffer are computed in int32, as 100 times a place in it.
+_MAX_SIZE = 2**24
+
+
+@state
+class RingBufferState:
+    """The last norms of each group.
+
+    Attributes:
+        ring: In the order of arrival, from `cursor` on the oldest first.
+        ordered: In ascending order. Empty places hold the largest float32 in both.
+        cursor: Where in `ring` the next norm goes.
+        length: How many norms there are.
+    """
+
+    ring: Float32[Array, "groups size"]
+    ordered: Float32[Array, "groups size"]
+    cursor: Int32[Array, " groups"]
+    length: Int32[Array, " groups"]
+
+
+def ring_buffer(size: int) -> NormHistory:
+    """The last `size` finite norms of each group, with their exact percentiles.
+
+    Percentiles are those of `numpy.percentile` (linear interpolation) over the norms recorded so
+    far, at most `size` of them, in float32. A step costs two passes over the ordered copy; the
+    state is `8 * size + 8` bytes per group.
+
+    Args:
+        size: The length of the window, in steps: a Python int from 1 to 16,777,216.
+
+    Returns:
+        A history that answers any number of percentiles.
+
+    Raises:
+        ValueError: If `size` is not such an int.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_smartclip as smartclip
+        >>> history = smartclip.ring_buffer(3)
+        >>> state = history.init(1)
+        >>> for norm in [9.0, 1.0, 2.0, 4.0]:
+        ...     state = history.record(state, jnp.array([norm]), (50.0,))
+        >>> history.percentile(state, 50.0), history.percentile(state, 25.0)
+        (Array([2.], dtype=float32), Array([1.5], dtype=float32))
+    """
+    checks.check_size("size", size, _MAX_SIZE)
+    empty = float(jnp.finfo(jnp.float32).max)
+
+    def init(num_groups: int) -> RingBufferState:
+        return RingBufferState(
+            ring=jnp.full((num_groups, size), empty, jnp.float32),
+            ordered=jnp.full((num_groups, size), empty, jnp.float32),
+            cursor=jnp.zeros(num_groups, jnp.int32),
+            length=jnp.zeros(num_groups, jnp.int32),
+        )
+
+    def record(
+        state: RingBufferState, norms: Norms, percentiles: Sequence[Percentile] = ()
+    ) -> RingBufferState:
+        del percentiles
+        newest = norms[:, None]
+        here = jnp.arange(size) == state.cursor[:, None]
+        oldest = jnp.sum(jnp.where(here, state.ring, 0.0), axis=1, keepdims=True)
+        return RingBufferState(
+            ring=jnp.where(here, newest, state.ring),
+            ordered=_insert(_delete(state.ordered, oldest, empty), newest),
+            cursor=(state.cursor + 1) % size,
+            length=jnp.minimum(state.length + 1, size),
+        )
+
+    def percentile(state: RingBufferState, percentile: Percentile) -> Norms:
+        lower, fraction = _position(percentile, jnp.maximum(state.length - 1, 0))
+        upper = jnp.minimum(lower + 1, size - 1)
+        below, above = (
+            jnp.take_along_axis(state.ordered, place[:, None], axis=1)[:, 0]
+            for place in (lower, upper)
+        )
+        # An empty place is never mixed in: the fraction is 0 at the last norm.
+        return jnp.where(fraction > 0, below + fraction * (above - below), below)
+
+    return NormHistory(
+        init=init,
+        record=record,
+        percentile=percentile,
+        max_percentiles=None,
+        name=f"ring_buffer({size})",
+    )
+
+
+def _delete(
+    ordered: Float32[Array, "groups size"], norm: Float32[Array, "groups 1"], fill: float
+) -> Float32[Array, "groups size"]:
+    """Deletes one occurrence of `norm`, and puts `fill` at the end."""
+    last = jnp.full_like(norm, fill)
+    return jnp.where(ordered < norm, ordered, jnp.concatenate([ordered[:, 1:], last], axis=1))
+
+
+def _insert(
+    ordered: Float32[Array, "groups size"], norm: Float32[Array, "groups 1"]
+) -> Float32[Array, "groups size"]:
+    """Inserts `norm` in its place; what is last drops out."""
+    previous = jnp.concatenate([jnp.zeros_like(norm), ordered[:, :-1]], axis=1)
+    return jnp.maximum(previous, jnp.minimum(ordered, norm))
+
+
+def _position(
+    percentile: Percentile, last: Int32[Array, " groups"]
+) -> tuple[Int32[Array, " groups"], Float32[Array, " groups"]]:
+    """Where a percentile falls among sorted values `0..last`: an index and a fraction above it.
+
+    That is `percentile / 100 * last`, whose fraction float32 would round away in a long window:
+    the whole percents are multiplied as integers, only what is left of them as a float.
+    """
+    whole, part = divmod(percentile, 1)
+    hundredths = jnp.asarray(whole).astype(jnp.int32) * last
+    steps, remainder = (x.astype(jnp.float32) for x in (last, hundredths % 100))
+    rest = (remainder + as_float32(part) * steps) / 100
+    carry = jnp.floor(rest)
+    return hundredths // 100 + carry.astype(jnp.int32), rest - carry
