@@ -21,7 +21,7 @@ from optax_smartclip.engine.norms import Norms, as_float32
 from optax_smartclip.engine.states import state
 from optax_smartclip.histories.history import NormHistory, Percentile
 
-# Positions in the buffer are computed in int32, as 100 times a place in it.
+# 100 times a place in the buffer must fit into int32.
 _MAX_SIZE = 2**24
 
 
@@ -84,7 +84,7 @@ def ring_buffer(size: int) -> NormHistory:
     ) -> RingBufferState:
         del percentiles
         newest = norms[:, None]
-        here = jnp.arange(size) == state.cursor[:, None]
+        here = jnp.arange(size)[None, :] == state.cursor[:, None]
         oldest = jnp.sum(jnp.where(here, state.ring, 0.0), axis=1, keepdims=True)
         return RingBufferState(
             ring=jnp.where(here, newest, state.ring),
@@ -94,7 +94,7 @@ def ring_buffer(size: int) -> NormHistory:
         )
 
     def percentile(state: RingBufferState, percentile: Percentile) -> Norms:
-        lower, fraction = _position(percentile, jnp.maximum(state.length - 1, 0))
+        lower, fraction = _position(percentile, jnp.maximum(state.length - 1, 0), size)
         upper = jnp.minimum(lower + 1, size - 1)
         below, above = (
             jnp.take_along_axis(state.ordered, place[:, None], axis=1)[:, 0]
@@ -129,16 +129,19 @@ def _insert(
 
 
 def _position(
-    percentile: Percentile, last: Int32[Array, " groups"]
+    percentile: Percentile, last: Int32[Array, " groups"], size: int
 ) -> tuple[Int32[Array, " groups"], Float32[Array, " groups"]]:
     """Where a percentile falls among sorted values `0..last`: an index and a fraction above it.
 
-    That is `percentile / 100 * last`, whose fraction float32 would round away in a long window:
-    the whole percents are multiplied as integers, only what is left of them as a float.
+    That is `percentile / 100 * last`. In float32, its fraction would be lost in a long window, so
+    the percentile is counted in the smallest parts of a percent for which int32 can hold the
+    product, and only what is left of a part is a float.
     """
-    whole, part = divmod(percentile, 1)
-    hundredths = jnp.asarray(whole).astype(jnp.int32) * last
-    steps, remainder = (x.astype(jnp.float32) for x in (last, hundredths % 100))
-    rest = (remainder + as_float32(part) * steps) / 100
-    carry = jnp.floor(rest)
-    return hundredths // 100 + carry.astype(jnp.int32), rest - carry
+    parts = 1 << ((2**31 - 1) // (100 * size)).bit_length() - 1
+    whole, left = divmod(percentile * parts, 1)
+    product = jnp.asarray(whole).astype(jnp.int32) * last
+    index, remainder = product // (100 * parts), product % (100 * parts)
+    rest = remainder.astype(jnp.float32) + as_float32(left) * last.astype(jnp.float32)
+    fraction = rest / (100 * parts)
+    carry = jnp.floor(fraction)
+    return index + carry.astype(jnp.int32), fraction - carry
