@@ -44,7 +44,7 @@ def except_paths(*patterns: str) -> MaskFn:
     for pattern in patterns:
         try:
             compiled.append(re.compile(pattern))
-        except (re.error, TypeError) as error:
+        except re.error as error:
             raise ValueError(
                 f"`patterns` must be regular expressions, got {pattern!r}: {error}."
             ) from error

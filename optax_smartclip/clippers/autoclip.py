@@ -28,7 +28,7 @@ _FENCE = 1.5
 # Long enough for quartiles that are not mostly noise, short enough for the fence to follow a
 # level that rises tenfold within 100 steps (with 128 norms, a fifth of the gradient is cut on the
 # way). The percentile mode asks for far percentiles, which take more norms to know.
-_AUTO_WINDOW = 100
+_AUTO_WINDOW = 112
 _PERCENTILE_WINDOW = 1024
 
 # The fence of fewer norms than this is mostly noise.
@@ -48,7 +48,7 @@ def autoclip(
     """Clips gradients to a threshold learnt from the history of their norms.
 
     Without a percentile (the auto mode), only outliers are clipped: a norm is cut to the fence
-    `q75 + 1.5 * (q75 - q25)`, where q25 and q75 are quartiles of the last 100 raw norms, *the
+    `q75 + 1.5 * (q75 - q25)`, where q25 and q75 are quartiles of the last 112 raw norms, *the
     current one left out*. There is no number to set: the fence scales with the gradient, follows
     a change of its level within some 25 steps, and no burst of spikes shorter than a quarter of
     the window can lift it beyond the ordinary norms.
@@ -64,7 +64,7 @@ def autoclip(
     Args:
         percentile: In [0, 100], or None for the auto mode.
         history: Where norms are kept: `ring_buffer(size)`, or, with a percentile,
-            `geometric_quantile(rate)`. By default `ring_buffer(100)` in auto mode and
+            `geometric_quantile(rate)`. By default `ring_buffer(112)` in auto mode and
             `ring_buffer(1024)` with a percentile.
         scope: Which leaves share one norm; see `clip_by_rule`.
         warmup_steps: How many finite norms are observed before clipping starts. By default 10 in

@@ -53,3 +53,47 @@ def test_equals_numpy_with_ties_zeros_and_the_largest_float(size, norms):
     _, percentiles = record_all(smartclip.ring_buffer(size), norms)
     expected = expected_percentiles(norms, size)
     np.testing.assert_allclose(percentiles, expected, rtol=1e-6, atol=1e-38)
+
+
+def test_equals_numpy_in_a_window_of_100_000_norms():
+    size = 100_000
+    norms = np.random.default_rng(0).lognormal(size=size + 1000).astype(np.float32)
+    history = smartclip.ring_buffer(size)
+    # Starts from a full window, which is ten million times faster to write down than to record.
+    state = history.init(1).replace(
+        ring=jnp.asarray(norms[None, :size]),
+        ordered=jnp.sort(jnp.asarray(norms[None, :size]), axis=1),
+        length=jnp.full(1, size, jnp.int32),
+    )
+    steps = jnp.asarray(norms[size:, None])
+
+    def step(state, norm):
+        return history.record(state, norm, ()), None
+
+    state = jax.jit(lambda state, steps: jax.lax.scan(step, state, steps)[0])(state, steps)
+    for percentile in PERCENTILES:
+        np.testing.assert_allclose(
+            history.percentile(state, percentile)[0],
+            np.percentile(norms[-size:].astype(np.float64), percentile),
+            rtol=1e-6,
+        )
+
+
+def test_percentile_may_be_a_bfloat16_array():
+    history = smartclip.ring_buffer(5)
+    state = history.init(1)
+    for norm in (5.0, 1.0, 3.0, 2.0, 4.0):
+        state = history.record(state, jnp.full(1, norm, jnp.float32), ())
+    assert history.percentile(state, jnp.asarray(25, jnp.bfloat16))[0] == 2.0
+    assert history.percentile(state, jnp.asarray(75, jnp.int32))[0] == 4.0
+
+
+def test_marks_empty_places_with_a_finite_number():
+    state = smartclip.ring_buffer(3).init(2)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state))
+
+
+def test_a_step_does_not_sort():
+    history = smartclip.ring_buffer(64)
+    program = jax.jit(history.record).lower(history.init(2), jnp.ones(2), ()).as_text()
+    assert "stablehlo.sort" not in program

@@ -1,0 +1,96 @@
+"""Which rule should `autoclip()` follow when it is given no percentile?
+
+Runs candidates, written in NumPy, over the ten streams of `streams.py` with several seeds, and
+prints for each how many seeds pass and the worst figure of each mark. The two families are a
+multiple of the rolling median, and the upper quartile plus a multiple of the interquartile range.
+
+    python benchmarks/auto_rules.py [--seeds 20]
+"""
+
+import argparse
+import bisect
+import platform
+from collections.abc import Callable
+
+import numpy as np
+import streams
+
+Threshold = Callable[[list[float]], float]
+
+WARMUP_STEPS = 10
+
+
+def quantile(ordered: list[float], fraction: float) -> float:
+    """Linear interpolation between order statistics, as in `numpy.percentile`."""
+    place = fraction * (len(ordered) - 1)
+    lower = int(place)
+    upper = min(lower + 1, len(ordered) - 1)
+    return ordered[lower] + (place - lower) * (ordered[upper] - ordered[lower])
+
+
+def median_rule(factor: float) -> Threshold:
+    """`factor` times the median."""
+    return lambda ordered: factor * quantile(ordered, 0.5)
+
+
+def fence_rule(factor: float) -> Threshold:
+    """The upper quartile plus `factor` times the interquartile range."""
+
+    def fence(ordered: list[float]) -> float:
+        q25, q75 = quantile(ordered, 0.25), quantile(ordered, 0.75)
+        return q75 + factor * (q75 - q25)
+
+    return fence
+
+
+def clipper(threshold: Threshold, window: int) -> streams.Clipper:
+    """Clips by a function of the last `window` finite raw norms before the current, sorted."""
+
+    def run(norms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        arrived: list[float] = []
+        ordered: list[float] = []
+        clipped, thresholds = [], []
+        for norm in norms:
+            limit = threshold(ordered) if len(arrived) >= WARMUP_STEPS else np.inf
+            limit = limit if limit > 0 else np.inf
+            thresholds.append(limit)
+            clipped.append(min(norm, limit) if np.isfinite(norm) else 0.0)
+            if np.isfinite(norm):
+                arrived.append(norm)
+                bisect.insort(ordered, norm)
+                if len(ordered) > window:
+                    ordered.remove(arrived[-window - 1])
+        return np.array(clipped), np.array(thresholds)
+
+    return run
+
+
+CANDIDATES = {
+    **{f"{factor} median, 128": clipper(median_rule(factor), 128) for factor in (2.5, 3.0, 3.5)},
+    "3.0 median, 112": clipper(median_rule(3.0), 112),
+    **{
+        f"q75 + 1.5 IQR, {window}": clipper(fence_rule(1.5), window)
+        for window in (64, 96, 112, 128, 256)
+    },
+    **{f"q75 + {factor} IQR, 112": clipper(fence_rule(factor), 112) for factor in (1.0, 2.0, 3.0)},
+}
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=20)
+    seeds = range(parser.parse_args().seeds)
+    print(f"Seeds (of {len(seeds)}) that pass; Python {platform.python_version()}, ", end="")
+    print(f"NumPy {np.__version__}")
+    print(f"{'rule, window':20}" + "".join(f"{name:>5}" for name in streams.CHECKS) + "  all")
+    for name, candidate in CANDIDATES.items():
+        passed = np.array(
+            [[check(candidate, seed).passed for check in streams.CHECKS.values()] for seed in seeds]
+        )
+        counts = "".join(f"{count:5d}" for count in passed.sum(axis=0))
+        print(f"{name:20}{counts}{passed.all(axis=1).sum():5d}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""AGC against optax.adaptive_grad_clip, the paper's equation and the smartclip package."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from smartclip.core import agc as reference_agc
+
+import optax_smartclip as smartclip
+from optax_smartclip import masks
+
+SHAPES = {
+    "scalar": (),
+    "vector": (5,),
+    "kernel": (4, 3),
+    "row": (1, 6),
+    "heads": (4, 2, 3),
+    "conv1": (2, 3, 4),
+    "conv": (3, 3, 2, 4),
+    "conv_bias": (4, 1, 1),
+    "conv3": (2, 2, 2, 2, 3),
+}
+
+
+def random_tree(seed, shapes=SHAPES, scale=1.0):
+    generator = np.random.default_rng(seed)
+    return {
+        name: jnp.asarray(scale * generator.normal(size=shape), jnp.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def clip(grads, params, *args, **kwargs):
+    tx = smartclip.agc(*args, **kwargs)
+    return jax.jit(tx.update)(grads, tx.init(params), params)
+
+
+def unit_reference(grad, weight, axes, clipping=0.01, eps=1e-3):
+    """Equation 3 of Brock et al. in float64; norms over `axes`."""
+    grad, weight = np.float64(grad), np.float64(weight)
+    norm = np.sqrt(np.sum(grad**2, axis=axes, keepdims=True))
+    limit = clipping * np.maximum(np.sqrt(np.sum(weight**2, axis=axes, keepdims=True)), eps)
+    return grad * np.where(norm > limit, limit / np.where(norm > limit, norm, 1), 1)
+
+
+def assert_trees_close(actual, expected, rtol=1e-6):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-30), actual, expected
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize(("clipping", "eps"), [(0.01, 1e-3), (0.3, 0.5)])
+def test_equals_optax_for_every_rank_that_optax_knows(scale, clipping, eps):
+    grads, params = random_tree(1, scale=scale), random_tree(2)
+    params["kernel"] = params["kernel"].at[:, 0].set(0.0)
+    updates, _ = clip(grads, params, clipping, eps=eps)
+    peer = optax.adaptive_grad_clip(clipping, eps)
+    expected, _ = jax.jit(peer.update)(grads, peer.init(params), params)
+    assert_trees_close(updates, expected)
+
+
+def test_clips_tensors_of_six_axes_where_optax_raises():
+    shapes = {"w": (2, 1, 2, 3, 2, 4)}
+    grads, params = random_tree(1, shapes), random_tree(2, shapes)
+    updates, _ = clip(grads, params)
+    expected = unit_reference(grads["w"], params["w"], (0, 1, 2, 3, 4))
+    np.testing.assert_allclose(updates["w"], expected, rtol=1e-5)
+    peer = optax.adaptive_grad_clip(0.01)
+    with pytest.raises(ValueError, match="Expected parameter"):
+        peer.update(grads, peer.init(params), params)
+
+
+@pytest.mark.parametrize(
+    ("unit_axes", "reduced"),
+    [
+        ("flax", (0, 1, 2)),
+        ("equinox", (1, 2, 3)),
+        (1, (0, 2, 3)),
+        (-2, (0, 1, 3)),
+        ((0, -1), (1, 2)),
+        ((), (0, 1, 2, 3)),
+        (lambda path, shape: (len(shape) - 1, 1) if path[-1].key == "w" else (), (0, 2)),
+    ],
+    ids=str,
+)
+def test_unit_axes_in_every_form(unit_axes, reduced):
+    shapes = {"w": (2, 3, 4, 5)}
+    grads, params = random_tree(1, shapes), random_tree(2, shapes)
+    updates, _ = clip(grads, params, unit_axes=unit_axes)
+    expected = unit_reference(grads["w"], params["w"], reduced)
+    np.testing.assert_allclose(updates["w"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("unit_axes", ["flax", "equinox", 0])
+def test_a_vector_is_one_unit_in_every_layout(unit_axes):
+    shapes = {"bias": (4,), "conv_bias": (4, 1, 1)}
+    grads, params = random_tree(1, shapes), random_tree(2, shapes)
+    updates, _ = clip(grads, params, unit_axes=unit_axes)
+    for name in shapes:
+        expected = unit_reference(grads[name], params[name], None)
+        np.testing.assert_allclose(updates[name], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scope", "groups"),
+    [
+        ("per_param", [["a/b"], ["a/w"], ["c/w"]]),
+        ("per_layer", [["a/b", "a/w"], ["c/w"]]),
+        ("global", [["a/b", "a/w", "c/w"]]),
+        ({"a": {"b": "x", "w": "y"}, "c": "x"}, [["a/b", "c/w"], ["a/w"]]),
+    ],
+    ids=["per_param", "per_layer", "global", "labels"],
+)
+def test_groups_of_leaves_are_clipped_to_the_ratio_of_their_norms(scope, groups):
+    def tree(seed):
+        flat = random_tree(seed, {"a/b": (3,), "a/w": (2, 3), "c/w": (3, 2)})
+        return flat, {"a": {"b": flat["a/b"], "w": flat["a/w"]}, "c": {"w": flat["c/w"]}}
+
+    (flat_grads, grads), (flat_params, params) = tree(1), tree(2)
+    updates, state = clip(grads, params, 0.05, scope=scope)
+    flat = {"a/b": updates["a"]["b"], "a/w": updates["a"]["w"], "c/w": updates["c"]["w"]}
+    record = smartclip.metrics(state)
+    for number, names in enumerate(groups):
+        norm, weight = (
+            np.sqrt(sum(np.sum(np.float64(values[name]) ** 2) for name in names))
+            for values in (flat_grads, flat_params)
+        )
+        for name in names:
+            scaled = np.float64(flat_grads[name]) * min(1, 0.05 * weight / norm)
+            np.testing.assert_allclose(flat[name], scaled, rtol=1e-5)
+        assert np.ravel(record["grad_norm"])[number] == pytest.approx(norm, rel=1e-5)
+        assert np.ravel(record["clip_threshold"])[number] == pytest.approx(0.05 * weight, rel=1e-5)
+
+
+def test_per_param_scope_equals_the_smartclip_package_over_a_thousand_steps():
+    theirs = reference_agc.AGC(clipping=0.02)
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 3)), jnp.float32)}
+    tx = smartclip.agc(0.02, scope="per_param")
+    update = jax.jit(tx.update)
+    state = tx.init(params)
+    generator = np.random.default_rng(1)
+    weight_norm = float(np.linalg.norm(params["w"]))
+    for _ in range(1000):
+        grads = {"w": jnp.asarray(generator.normal(size=(3, 3)) * 0.05, jnp.float32)}
+        updates, state = update(grads, state, params)
+        grad_norm = float(np.linalg.norm(grads["w"]))
+        scale = theirs.scale(grad_norm, weight_norm)
+        np.testing.assert_allclose(updates["w"], scale * np.asarray(grads["w"]), rtol=1e-3)
+
+
+def test_metrics_are_those_of_the_unit_furthest_over_its_threshold():
+    params = {"w": jnp.array([[3.0, 0.0, 1.0], [4.0, 2.0, 0.0]]), "b": jnp.array([10.0])}
+    grads = {"w": jnp.array([[0.0, 0.9, 0.0], [1.0, 0.0, 0.1]]), "b": jnp.array([0.5])}
+    _, state = clip(grads, params, 0.1)  # ratios 1 / 0.5, 0.9 / 0.2, 0.1 / 0.1 and 0.5 / 1
+    record = smartclip.metrics(state)
+    assert record["grad_norm"] == pytest.approx(0.9)
+    assert record["clip_threshold"] == pytest.approx(0.2)
+    assert record["clip_scale"] == pytest.approx(0.2 / 0.9)
+    assert record["clipped"]
+
+
+def test_units_that_tie_below_their_thresholds_are_not_reported_as_clipped():
+    params = {"a": jnp.full(1, 2.0), "b": jnp.full(1, 8.0)}
+    grads = {"a": jnp.full(1, 1.0), "b": jnp.full(1, 4.0)}
+    _, state = clip(grads, params, 0.5)
+    record = smartclip.metrics(state)
+    assert not record["clipped"]
+    assert (record["grad_norm"], record["clip_threshold"]) == (4.0, 4.0)
+
+
+def test_only_the_unit_with_a_nan_is_zeroed_and_reported():
+    params = {"w": jnp.ones((2, 3))}
+    grads = {"w": jnp.full((2, 3), 1e-4).at[0, 1].set(jnp.nan)}
+    updates, state = clip(grads, params)
+    np.testing.assert_array_equal(updates["w"], grads["w"].at[:, 1].set(0.0))
+    record = smartclip.metrics(state)
+    assert jnp.isnan(record["grad_norm"])
+    assert record["num_nonfinite"] == 1
+    assert record["clip_scale"] == 0
+
+
+def test_units_of_1e30_are_clipped_and_not_lost():
+    params = {"w": jnp.ones((2, 2))}
+    grads = {"w": jnp.array([[1e30, 1.0], [1e30, 1.0]])}
+    updates, _ = clip(grads, params)
+    expected = unit_reference(grads["w"], params["w"], (0,))
+    np.testing.assert_allclose(updates["w"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"body": {"w": True, "b": False}, "head": False},
+        lambda params: {"body": {"w": True, "b": False}, "head": False},
+        masks.every(masks.except_vectors, masks.except_paths("^head/")),
+    ],
+    ids=["prefix tree", "function", "ready-made"],
+)
+def test_masked_leaves_are_left_alone(mask):
+    params = {"body": {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}, "head": {"w": jnp.ones((2, 2))}}
+    grads = jax.tree.map(lambda x: x * 10, params)
+    updates, state = clip(grads, params, mask=mask)
+    np.testing.assert_array_equal(updates["head"]["w"], grads["head"]["w"])
+    np.testing.assert_array_equal(updates["body"]["b"], grads["body"]["b"])
+    np.testing.assert_allclose(updates["body"]["w"], np.full((2, 2), 0.01), rtol=1e-6)
+    assert smartclip.metrics(state)["grad_norm"] == pytest.approx(np.sqrt(200))
+
+
+def test_everything_masked_is_nothing_clipped():
+    params = {"w": jnp.ones((2, 2))}
+    updates, state = clip({"w": jnp.full((2, 2), 9.0)}, params, mask={"w": False})
+    np.testing.assert_array_equal(updates["w"], np.full((2, 2), 9.0))
+    assert not smartclip.metrics(state)["clipped"]
+
+
+def test_warmup_and_ceiling_hold_for_units():
+    params = {"w": jnp.ones((1, 2))}
+    tx = smartclip.agc(0.1, warmup_steps=1, max_norm=2.0, unit_axes="flax")
+    grads = {"w": jnp.array([[1.0, 5.0]])}
+    first, state = tx.update(grads, tx.init(params), params)
+    second, _ = tx.update(grads, state, params)
+    # A row is a vector, hence one unit.
+    np.testing.assert_allclose(first["w"], grads["w"] * 2 / np.sqrt(26), rtol=1e-6)
+    np.testing.assert_allclose(second["w"], grads["w"] * 0.1 * np.sqrt(2 / 26), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"clipping": 0.0}, r"`clipping` must be positive, got 0.0"),
+        ({"eps": -1.0}, r"`eps` must be positive, got -1.0"),
+        ({"unit_axes": "torch"}, r"`unit_axes` must be None, .* got 'torch'"),
+        ({"unit_axes": (0, True)}, r"`unit_axes` must be None, .* got \(0, True\)"),
+        ({"unit_axes": 0, "scope": "global"}, r"`unit_axes` must be None unless scope='unit'"),
+        ({"scope": "units"}, r"`scope` must be one of 'unit', .* got 'units'"),
+    ],
+)
+def test_arguments_out_of_range_are_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        smartclip.agc(**arguments)
+
+
+def test_an_axis_that_a_leaf_does_not_have_is_an_error():
+    params = {"w": jnp.ones((2, 3))}
+    tx = smartclip.agc(unit_axes=2)
+    with pytest.raises(ValueError, match=r"`unit_axes` must name axes of 'w', .* \(2, 3\), got"):
+        tx.update(params, tx.init(params), params)
+
+
+def test_missing_params_and_an_incomplete_mask_are_errors():
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    tx = smartclip.agc()
+    with pytest.raises(ValueError, match="`params` must be passed to `update`"):
+        tx.update(params, tx.init(params))
+    with pytest.raises(ValueError, match=r"`mask` must be a tree .* nothing for 'b'"):
+        clip(params, params, mask={"w": True})

@@ -1,0 +1,106 @@
+"""AutoClip against the paper, the smartclip package, its float64 reference and the ten streams."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import streams
+from smartclip.core.autoclip import AutoClip as ReferenceAutoClip
+
+import optax_smartclip as smartclip
+
+NORMS = np.random.default_rng(3).lognormal(sigma=0.4, size=1000)
+
+
+@pytest.fixture(scope="module")
+def auto():
+    return streams.from_transformation(smartclip.autoclip())
+
+
+@pytest.mark.parametrize("stream", streams.CHECKS)
+def test_auto_mode_passes_every_stream(auto, stream):
+    result = streams.CHECKS[stream](auto)
+    assert result.passed, result.figures
+
+
+@pytest.mark.parametrize("norms", [NORMS, streams.heavy_tails()[:1000]], ids=["noise", "tails"])
+def test_auto_mode_equals_the_float64_fence(auto, norms):
+    norms = np.float32(norms)
+    norms[[100, 500, 501]] = [np.nan, np.inf, 0.0]
+    clipped, thresholds = auto(norms)
+    expected = reference.fence_thresholds(norms)
+    np.testing.assert_allclose(thresholds, expected, rtol=1e-5)
+    np.testing.assert_allclose(clipped, reference.clip(norms, expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("percentile", [0.0, 10.0, 33.3, 50.0, 90.0, 100.0])
+def test_percentile_mode_is_the_papers_with_a_window_as_long_as_the_run(percentile):
+    history = smartclip.ring_buffer(len(NORMS))
+    clipper = streams.from_transformation(smartclip.autoclip(percentile, history=history))
+    clipped, thresholds = clipper(NORMS)
+    expected = reference.percentile_thresholds(np.float32(NORMS), percentile, len(NORMS))
+    np.testing.assert_allclose(thresholds, expected, rtol=1e-5)
+    np.testing.assert_allclose(clipped, reference.clip(NORMS, expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [10, 64])
+def test_percentile_mode_equals_the_smartclip_package_over_a_window(size):
+    theirs = ReferenceAutoClip(
+        mode="percentile", percentile=80.0, history="window", window_size=size
+    )
+    expected = []
+    for norm in NORMS:
+        theirs.observe(float(norm))
+        expected.append(theirs.threshold())
+    ours = smartclip.autoclip(80.0, history=smartclip.ring_buffer(size))
+    _, thresholds = streams.from_transformation(ours)(NORMS)
+    np.testing.assert_allclose(thresholds, expected, rtol=1e-5)
+
+
+def test_percentile_mode_keeps_1024_norms_by_default():
+    norms = np.r_[np.full(100, 5.0), np.linspace(1, 2, 1100)]
+    _, thresholds = streams.from_transformation(smartclip.autoclip(100.0))(norms)
+    assert thresholds[1023] == 5.0
+    assert thresholds[1122] == 5.0
+    assert thresholds[1123] < 2.0
+
+
+def test_percentile_mode_follows_a_geometric_quantile():
+    history = smartclip.geometric_quantile(0.05)
+    clipper = streams.from_transformation(smartclip.autoclip(90.0, history=history))
+    _, thresholds = clipper(NORMS)
+    expected = reference.geometric_estimates(np.float32(NORMS), 90.0, 0.05)
+    np.testing.assert_allclose(thresholds, expected, rtol=1e-4)
+
+
+def test_auto_mode_has_nothing_to_compare_the_first_gradient_of_a_thawed_layer_with(auto):
+    clipped, _ = auto(np.r_[np.zeros(200), np.full(20, 7.0)])
+    assert clipped[200] == 7.0
+
+
+def test_auto_mode_learns_every_group_on_its_own():
+    tx = smartclip.autoclip(scope="per_param", warmup_steps=4)
+    params = {"large": jnp.zeros(1), "small": jnp.zeros(1)}
+
+    @jax.jit
+    def step(state, large, small):
+        grads = {"large": large[None], "small": small[None]}
+        return tx.update(grads, state)
+
+    state = tx.init(params)
+    for large, small in [(100.0, 1.0), (200.0, 2.0)] * 4 + [(300.0, 300.0)]:
+        updates, state = step(state, jnp.float32(large), jnp.float32(small))
+    assert updates["large"][0] == 300.0
+    assert updates["small"][0] == pytest.approx(3.5)
+
+
+@pytest.mark.parametrize("percentile", [-1.0, 100.1, float("nan"), True])
+def test_percentile_out_of_range_is_an_error(percentile):
+    with pytest.raises(ValueError, match=r"`percentile` must be in \[0, 100\].*got"):
+        smartclip.autoclip(percentile)
+
+
+def test_auto_mode_on_a_history_of_one_percentile_is_an_error():
+    with pytest.raises(ValueError, match=r"`history` must be able .* got geometric_quantile"):
+        smartclip.autoclip(history=smartclip.geometric_quantile())
