@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two workers: more cost more in compilation than they gain.
 WORKERS ?= 2
 
-.PHONY: test demo lint format bench clean
+.PHONY: test demo lint format wheel bench clean
 
 test: lint
 	$(BIN)/pytest -n $(WORKERS) --cov --cov-report=term
@@ -22,8 +22,19 @@ format: $(VENV)/test
 demo: $(VENV)/demo
 	$(BIN)/python examples/train_text.py
 
+# The wheel of a clean tree, installed into an environment with its dependencies and nothing else.
+wheel:
+	rm -rf dist && mkdir dist
+	git archive --format=tar --output=dist/source.tar HEAD
+	mkdir dist/source && tar -xf dist/source.tar -C dist/source
+	$(PYTHON) -m venv dist/venv
+	dist/venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist dist/source
+	dist/venv/bin/python -m pip install --quiet dist/*.whl
+	cd dist && venv/bin/python -c "import optax_smartclip as s; print(s.__version__, s.autoclip())"
+
 bench: $(VENV)/test
 	$(BIN)/python benchmarks/auto_rules.py
+	$(BIN)/python benchmarks/ten_streams.py
 
 # A stamp per set of extras, renewed when the dependencies change.
 $(VENV)/test $(VENV)/demo: $(VENV)/%: pyproject.toml | $(BIN)/python

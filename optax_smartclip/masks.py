@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from optax_smartclip.engine.trees import KeyPath, PyTree, flatten, path_name, unwrap_variables
 
@@ -82,7 +83,7 @@ def except_vectors(params: PyTree) -> PyTree:
         >>> masks.except_vectors({"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros((3, 1, 1))})
         {'bias': False, 'kernel': True}
     """
-    return _map_leaves(lambda _, leaf: not is_vector(leaf.shape), params)
+    return _map_leaves(lambda _, leaf: not is_vector(np.shape(leaf)), params)
 
 
 def every(*masks: MaskFn) -> MaskFn:

@@ -30,7 +30,7 @@ def percentile_thresholds(norms, percentile: float, size: int) -> np.ndarray:
     )
 
 
-def fence_thresholds(norms, size: int = 100, warmup_steps: int = 10) -> np.ndarray:
+def fence_thresholds(norms, size: int = 112, warmup_steps: int = 10) -> np.ndarray:
     """Tukey's inner fence of the norms before each step's; infinite in warm-up."""
     thresholds = []
     for t in range(len(norms)):

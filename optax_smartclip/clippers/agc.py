@@ -126,6 +126,7 @@ def agc(
 
     def init_fn(params: PyTree) -> ClipState:
         register_with_flax()
+        covered_paths(mask, params)  # a wrong mask is found before the first step
         return init_state(optax.EmptyState(), len(groups_of(params).labels))
 
     def update_fn(
@@ -148,10 +149,15 @@ def agc(
             if by_units
             else by_leaf([groups.number[path] for path in leaves], len(groups.labels))
         )
-        # A norm too small for one read is far below every threshold: clipping * eps at least.
-        norms, weight_norms = (
-            group_norms(values, partition, axis_name=axis_name, exact_below=False)
-            for values in (arrays, [jnp.asarray(weights[path]) for path in leaves])
+        # A norm too small for one read is below every threshold, clipping * eps at least, and one
+        # too large is no weight's.
+        norms = group_norms(arrays, partition, axis_name=axis_name, exact_below=False)
+        weight_norms = group_norms(
+            [jnp.asarray(weights[path]) for path in leaves],
+            partition,
+            axis_name=axis_name,
+            exact_below=False,
+            exact_above=False,
         )
         observed = state.num_observed[0] if by_units else state.num_observed
 

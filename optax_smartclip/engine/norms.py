@@ -83,6 +83,7 @@ def group_norms(
     *,
     axis_name: AxisName = None,
     exact_below: bool = True,
+    exact_above: bool = True,
 ) -> GroupValues:
     """The Euclidean norm of each group, as float32 group values.
 
@@ -92,6 +93,7 @@ def group_norms(
         axis_name: Mapped axes over which the arrays are split; sums are taken across them.
         exact_below: Whether norms under about 5e-10 (in float32) are worth a second read. A
             group of zeros cannot be told from one whose squares underflow without it.
+        exact_above: Whether norms over about 1e19 (in float32) are; they are infinite otherwise.
 
     Returns:
         Norms; NaN or Inf where a group has a NaN or Inf, or where the true norm is beyond
@@ -127,16 +129,18 @@ def group_norms(
 
     totals = sums([_squares(array, dtype) for array in arrays])
     out_of_range = [
-        jnp.any(jnp.isinf(total) | (total < floor)) for total in jax.tree.leaves(totals)
+        jnp.any((jnp.isinf(total) & exact_above) | (total < floor))
+        for total in jax.tree.leaves(totals)
+        if exact_below or exact_above
     ]
     if not out_of_range:
-        return totals
+        return jax.tree.map(as_float32, direct([], totals))
     # The arrays are operands, not closed over: an eager branch that closes over a sharded array
     # raises on a mesh with explicit axes.
     norms = jax.lax.cond(
         functools.reduce(operator.or_, out_of_range), rescaled, direct, arrays, totals
     )
-    return jax.tree.map(lambda norm: norm.astype(jnp.float32), norms)
+    return jax.tree.map(as_float32, norms)
 
 
 def is_inexact(leaf: Any) -> bool:

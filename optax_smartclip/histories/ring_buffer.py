@@ -137,7 +137,8 @@ def _position(
     the percentile is counted in the smallest parts of a percent for which int32 can hold the
     product, and only what is left of a part is a float.
     """
-    parts = 1 << ((2**31 - 1) // (100 * size)).bit_length() - 1
+    # For short windows, parts of which 100 percent are fewer than 2 ** 24: float32 counts them.
+    parts = 1 << ((2**31 - 1) // (100 * max(size, 128))).bit_length() - 1
     whole, left = divmod(percentile * parts, 1)
     product = jnp.asarray(whole).astype(jnp.int32) * last
     index, remainder = product // (100 * parts), product % (100 * parts)

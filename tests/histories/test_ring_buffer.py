@@ -37,7 +37,7 @@ def expected_percentiles(norms, size):
 def test_equals_numpy_over_the_window_while_filling_and_when_full(size):
     norms = np.random.default_rng(size).lognormal(sigma=2.0, size=(2 * size + 50, 3))
     _, percentiles = record_all(smartclip.ring_buffer(size), norms)
-    np.testing.assert_allclose(percentiles, expected_percentiles(norms, size), rtol=2e-6)
+    np.testing.assert_allclose(percentiles, expected_percentiles(norms, size), rtol=1e-6)
 
 
 @hypothesis.given(

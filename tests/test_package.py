@@ -1,0 +1,78 @@
+"""What a user installs: the declared dependencies, the wheel, the public names."""
+
+import ast
+import importlib.metadata
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import hatchling.build
+import pytest
+
+import optax_smartclip
+
+ROOT = Path(__file__).parent.parent
+DISTRIBUTION = "optax-smartclip"
+
+
+def requirements(distribution):
+    """The names that a distribution needs without extras, normalised."""
+    return {
+        re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", line)[0]).lower()
+        for line in importlib.metadata.requires(distribution) or []
+        if "extra ==" not in line
+    }
+
+
+def test_depends_on_seven_distributions_each_with_a_floor():
+    lines = [line for line in importlib.metadata.requires(DISTRIBUTION) if "extra ==" not in line]
+    names = {"absl-py", "chex", "jax", "jaxlib", "jaxtyping", "numpy", "optax"}
+    assert requirements(DISTRIBUTION) == names
+    assert all(">=" in line for line in lines)
+
+
+def test_imports_nothing_but_its_dependencies():
+    imported = set()
+    for path in (ROOT / "optax_smartclip").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.partition(".")[0])
+    third_party = imported - set(sys.stdlib_module_names) - {"optax_smartclip"}
+    assert third_party <= requirements(DISTRIBUTION)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return zipfile.ZipFile(folder / hatchling.build.build_wheel(str(folder)))
+
+
+def test_wheel_has_the_package_and_nothing_else(wheel):
+    names = set(wheel.namelist())
+    expected = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "optax_smartclip").rglob("*")
+        if path.suffix == ".py" or path.name == "py.typed"
+    }
+    package = {name for name in names if not name.partition("/")[0].endswith(".dist-info")}
+    assert package == expected
+    assert "optax_smartclip/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_version_stands_in_one_place(wheel):
+    (metadata,) = [name for name in wheel.namelist() if name.endswith("METADATA")]
+    assert f"\nVersion: {optax_smartclip.__version__}\n" in wheel.read(metadata).decode()
+    assert optax_smartclip.__version__ not in (ROOT / "pyproject.toml").read_text()
+
+
+def test_public_names_are_listed_documented_and_sorted():
+    names = optax_smartclip.__all__
+    assert names == sorted(names)
+    for name in names:
+        assert getattr(optax_smartclip, name).__doc__, name
