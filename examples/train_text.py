@@ -20,6 +20,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
+import flax
 import jax
 import jax.numpy as jnp
 import matplotlib as mpl
@@ -362,7 +363,7 @@ def main(arguments: list[str]) -> None:
     print(
         f"Wrote loss.png, norms.png and steps.csv to {out}/ after "
         f"{time.perf_counter() - start:.0f} s. Python {platform.python_version()}, "
-        f"jax {jax.__version__}, optax {optax.__version__}, flax, {platform.machine()}, "
+        f"jax {jax.__version__}, optax {optax.__version__}, flax {flax.__version__}, {platform.machine()}, "
         f"{jax.default_backend()}."
     )
 

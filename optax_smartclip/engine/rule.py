@@ -93,7 +93,7 @@ def clip_by_rule(
 
     Raises:
         ValueError: If an argument is out of range; from `init`, if the rule's state lacks the
-            `groups` axis; from `update`, if the gradient has other groups than the parameters
+            `groups` axis (its thresholds: from `update`); from `update`, if the gradient has other groups than the parameters
             had, or `grad_norm` is given for more than one group or is not a scalar.
 
     Example:
@@ -157,6 +157,11 @@ def clip_by_rule(
         finite = jnp.isfinite(norms)
         shown = jnp.where(finite, norms, 0.0)
         thresholds = rule.threshold(state.rule, shown)
+        if jnp.shape(thresholds) != norms.shape:
+            raise ValueError(
+                "`rule.threshold` must return one threshold for each of the "
+                f"{num_groups} groups, got the shape {jnp.shape(thresholds)}."
+            )
         limits = limit_threshold(thresholds, state.num_observed, warmup_steps, max_norm)
         clipped = clip_arrays(arrays, partition, norms, limits, nonfinite)
         recorded = rule.record(state.rule, shown, thresholds)

@@ -38,7 +38,7 @@ def limit_threshold(
     nothing, and one that returns a negative number clips to zero: neither may turn a gradient
     into NaN or against its direction.
     """
-    warm = num_observed >= warmup_steps
+    warm = as_float32(num_observed) >= as_float32(warmup_steps)
     ceiling = jnp.inf if max_norm is None else as_float32(max_norm)
     return jnp.maximum(jnp.fmin(jnp.where(warm, threshold, jnp.inf), ceiling), 0.0)
 
