@@ -363,8 +363,8 @@ def main(arguments: list[str]) -> None:
     print(
         f"Wrote loss.png, norms.png and steps.csv to {out}/ after "
         f"{time.perf_counter() - start:.0f} s. Python {platform.python_version()}, "
-        f"jax {jax.__version__}, optax {optax.__version__}, flax {flax.__version__}, {platform.machine()}, "
-        f"{jax.default_backend()}."
+        f"jax {jax.__version__}, optax {optax.__version__}, flax {flax.__version__}, "
+        f"{platform.machine()}, {jax.default_backend()}."
     )
 
 

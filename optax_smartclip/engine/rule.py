@@ -93,8 +93,9 @@ def clip_by_rule(
 
     Raises:
         ValueError: If an argument is out of range; from `init`, if the rule's state lacks the
-            `groups` axis (its thresholds: from `update`); from `update`, if the gradient has other groups than the parameters
-            had, or `grad_norm` is given for more than one group or is not a scalar.
+            `groups` axis; from `update`, if the rule's thresholds do, if the gradient has other
+            groups than the parameters had, or if `grad_norm` is given for more than one group or
+            is not a scalar.
 
     Example:
         A clipper that halves the largest norm it lets through whenever it is exceeded:
