@@ -22,7 +22,7 @@ from jaxtyping import Array, Float32, Int32
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.groups import Scope
 from optax_smartclip.engine.metrics import increment_where
-from optax_smartclip.engine.norms import AxisName, Norms, as_float32, safe_sqrt
+from optax_smartclip.engine.norms import AxisName, Norms, as_float32, is_inexact, safe_sqrt
 from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
 from optax_smartclip.engine.states import select_groups, state
 
@@ -159,5 +159,6 @@ def _above_mean(state: ZScoreState, z: Float32[Array, ""]) -> Norms:
 def _new_weight(decay: Any) -> Float32[Array, ""]:
     """The weight of a new value, `1 - decay`, also when rounding has made `decay` 1."""
     # Decays above 1 - eps / 4 round to 1; the middle of those is what may have been meant.
-    eps = jnp.finfo(decay.dtype if isinstance(decay, jax.Array) else jnp.float32).eps
-    return jnp.maximum(as_float32(1 - decay), float(eps) / 8)
+    rounded = isinstance(decay, jax.Array) and is_inexact(decay)
+    eps = float(jnp.finfo(decay.dtype if rounded else jnp.float32).eps)
+    return jnp.maximum(as_float32(1 - decay), eps / 8)

@@ -8,6 +8,9 @@ of them, may be traced and then has no value yet.
 import numbers
 from typing import Any
 
+import jax
+import numpy as np
+
 
 def check_number(
     name: str,
@@ -20,7 +23,7 @@ def check_number(
     strict_high: bool = False,
 ) -> None:
     """Raises ValueError unless `low <= value <= high`, with `<` where strict."""
-    if isinstance(value, bool):
+    if isinstance(value, bool | np.bool_):
         valid = False
     elif isinstance(value, numbers.Real):
         number = float(value)
@@ -29,7 +32,7 @@ def check_number(
         below = number < high if strict_high else number <= high
         valid = above and below
     else:
-        valid = True
+        valid = isinstance(value, jax.Array | np.ndarray)
     if not valid:
         raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
 
@@ -52,7 +55,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def check_shared(warmup_steps: Any, max_norm: Any, nonfinite: Any) -> None:
     """Checks the arguments that all clippers share."""
-    check_number("warmup_steps", warmup_steps, 0.0, 2.0**31, allowed="a number of steps, >= 0")
+    check_number("warmup_steps", warmup_steps, 0.0, 2.0**31 - 1, allowed="a number of steps, >= 0")
     if max_norm is not None:
         check_number(
             "max_norm",

@@ -62,12 +62,13 @@ def assign_groups(scope: Scope, tree: PyTree) -> Groups:
         every_key = list(keys.values())
     elif callable(scope):
         keys = {path: scope(path) for path in paths}
-        every_key = list(keys.values())
         for path, label in keys.items():
-            if label is None:
+            if label is None or not isinstance(label, Hashable):
                 raise ValueError(
-                    f"`scope` must return a label for every leaf, got None for {path_name(path)!r}."
+                    "`scope` must return a label (any hashable value but None) for every leaf, "
+                    f"got {label!r} for {path_name(path)!r}."
                 )
+        every_key = list(keys.values())
     else:
         label_of = flatten(scope)
         keys = broadcast_prefix("scope", label_of, paths)

@@ -64,8 +64,8 @@ def clip_by_rule(
 
     Each update computes the norm of each group, asks the rule for thresholds, multiplies each
     group by `min(1, threshold / norm)` and lets the rule record the norms. The gradient is read
-    once for the norms and once to scale it; a gradient within the threshold is returned bit for
-    bit.
+    once for the norms and once to scale it; a gradient within the threshold is multiplied by
+    exactly 1.
 
     `update` accepts `grad_norm=`, a scalar, if the norm of the whole gradient has already been
     computed; it is then not computed again (scope "global" only).
@@ -128,7 +128,10 @@ def clip_by_rule(
                     "`rule.init` must return arrays whose first axis has one entry per group "
                     f"({num_groups}), got the shape {jnp.shape(leaf)}."
                 )
-        return init_state(rule_state, num_groups)
+        # A weakly typed leaf, as of jnp.full(groups, 1.0), would change its type in the first
+        # step and compile the second anew.
+        strong = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), rule_state)
+        return init_state(strong, num_groups)
 
     def update_fn(
         updates: PyTree,

@@ -21,11 +21,19 @@ def clip_arrays(
     nonfinite: str,
 ) -> list[Array]:
     """Each array times the scale of its group, or of each of the groups within it."""
-    scales = partition.spread(jax.tree.map(clip_scale, norms, limits))
-    finite = partition.spread(jax.tree.map(jnp.isfinite, norms))
+    finite = jax.tree.map(jnp.isfinite, norms)
+    # An infinite norm has the scale 0, which times Inf would be NaN, if only until it is dropped.
+    scales = jax.tree.map(
+        lambda norm, limit, keep: jnp.where(keep, clip_scale(norm, limit), 1.0),
+        norms,
+        limits,
+        finite,
+    )
     return [
         scale_array(array, scale, keep, nonfinite)
-        for array, scale, keep in zip(arrays, scales, finite, strict=True)
+        for array, scale, keep in zip(
+            arrays, partition.spread(scales), partition.spread(finite), strict=True
+        )
     ]
 
 
@@ -46,9 +54,25 @@ def limit_threshold(
 def clip_scale(
     norm: Float32[Array, "*shape"], threshold: Float32[Array, "*shape"]
 ) -> Float32[Array, "*shape"]:
-    """`min(1, threshold / norm)`, exactly 1 where `norm <= threshold`, both zero included."""
+    """`min(1, threshold / norm)`, exactly 1 where `norm <= threshold`, both zero included.
+
+    A scale below the smallest normal number (1e-38) may count as zero.
+    """
     over = norm > threshold
-    return jnp.where(over, threshold / jnp.where(over, norm, 1.0), 1.0)
+    return jnp.where(over, _ratio(threshold, jnp.where(over, norm, 1.0)), 1.0)
+
+
+@jax.custom_jvp
+def _ratio(x: Float32[Array, "*shape"], y: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    return x / y
+
+
+# JAX's own rule has y ** -2 in it, which overflows for a norm of 1e-25 and is lost for 1e25.
+@_ratio.defjvp
+def _ratio_jvp(primals: Any, tangents: Any) -> Any:
+    (x, y), (x_dot, y_dot) = primals, tangents
+    ratio = _ratio(x, y)
+    return ratio, (x_dot - ratio * y_dot) / y
 
 
 def scale_array(

@@ -89,16 +89,18 @@ def register_with_flax() -> None:
         def to_state_dict(node: Any, names: list[str] = names) -> dict[str, Any]:
             return {name: serialization.to_state_dict(getattr(node, name)) for name in names}
 
+        # Restored leaves are NumPy arrays; as JAX itself does when it unflattens, the object is
+        # built around them without a call of __init__, which may check types.
         def from_state_dict(node: Any, saved: dict[str, Any], names: list[str] = names) -> Any:
             if set(saved) != set(names):
                 raise ValueError(
                     f"A saved {type(node).__name__} must have the fields {sorted(names)}, "
                     f"got {sorted(saved)}."
                 )
-            fields = {
-                name: serialization.from_state_dict(getattr(node, name), saved[name], name=name)
-                for name in names
-            }
-            return dataclasses.replace(node, **fields)
+            restored = object.__new__(type(node))
+            for name in names:
+                value = serialization.from_state_dict(getattr(node, name), saved[name], name=name)
+                object.__setattr__(restored, name, value)
+            return restored
 
         serialization.register_serialization_state(cls, to_state_dict, from_state_dict)

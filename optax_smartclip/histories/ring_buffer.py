@@ -56,7 +56,7 @@ def ring_buffer(size: int) -> NormHistory:
         A history that answers any number of percentiles.
 
     Raises:
-        ValueError: If `size` is not such an int.
+        ValueError: If `size` is not such an int; from `record`, if the state is of another size.
 
     Example:
         >>> import jax.numpy as jnp
@@ -83,8 +83,13 @@ def ring_buffer(size: int) -> NormHistory:
         state: RingBufferState, norms: Norms, percentiles: Sequence[Percentile] = ()
     ) -> RingBufferState:
         del percentiles
+        if state.ring.shape[1] != size:
+            raise ValueError(
+                f"The state holds the last {state.ring.shape[1]} norms, as from a checkpoint of "
+                f"another run, but this history is a ring_buffer({size})."
+            )
         newest = norms[:, None]
-        here = jnp.arange(size)[None, :] == state.cursor[:, None]
+        here = jnp.arange(size, dtype=jnp.int32)[None, :] == state.cursor[:, None]
         oldest = jnp.sum(jnp.where(here, state.ring, 0.0), axis=1, keepdims=True)
         return RingBufferState(
             ring=jnp.where(here, newest, state.ring),

@@ -1,0 +1,195 @@
+"""Arguments out of range: the message names the argument, its value and what is allowed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optax_smartclip as smartclip
+from optax_smartclip.engine import checks
+
+NAN, INF = float("nan"), float("inf")
+
+RULE = smartclip.ThresholdRule(
+    init=jnp.zeros, threshold=lambda state, norms: norms, record=lambda state, norms, _: state
+)
+
+
+def clip_by_rule(**arguments):
+    return smartclip.clip_by_rule(RULE, **arguments)
+
+
+CLIPPERS = [clip_by_rule, smartclip.autoclip, smartclip.zscore_clip, smartclip.agc]
+
+# What no number may be, whether or not it may be None.
+BAD = (NAN, True, False, np.True_, "1", 1j, [1.0], abs)
+NO_NUMBERS = (None, *BAD)
+
+OWN_NUMBERS = [
+    (
+        smartclip.autoclip,
+        "percentile",
+        (-0.1, 100.1, INF, *BAD),
+    ),
+    (smartclip.zscore_clip, "zmax", (-0.1, -INF, *NO_NUMBERS)),
+    (smartclip.zscore_clip, "decay", (-0.1, 1, 1.0, 1.5, np.float32(1), *NO_NUMBERS)),
+    (smartclip.agc, "clipping", (0, 0.0, -0.01, np.float64(-1), *NO_NUMBERS)),
+    (smartclip.agc, "eps", (0, -1e-3, *NO_NUMBERS)),
+    (smartclip.geometric_quantile, "rate", (0, 0.0, -0.1, 1.5, INF, *NO_NUMBERS)),
+    (
+        smartclip.ring_buffer,
+        "size",
+        (0, -1, 2**24 + 1, True),
+    ),
+]
+SHARED_NUMBERS = [
+    ("warmup_steps", (-1, -0.5, INF, 2**31, *BAD)),
+    ("max_norm", (0, 0.0, -1.0, -INF, *BAD)),
+]
+SHARED_CHOICES = [
+    ("nonfinite", ("zeros", "")),
+    ("scope", ("gobal", "", None)),
+]
+
+
+CASES = [(factory, name, value) for factory, name, values in OWN_NUMBERS for value in values] + [
+    (factory, name, value)
+    for name, values in SHARED_NUMBERS + SHARED_CHOICES
+    for value in values
+    for factory in CLIPPERS
+]
+
+
+@pytest.mark.parametrize(("factory", "name", "value"), CASES)
+def test_a_bad_argument_is_named_with_its_value(factory, name, value):
+    with pytest.raises(ValueError, match=f"^`{name}` must be ") as error:
+        factory(**{name: value})
+    assert f"got {value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("factory", "name", "value", "allowed"),
+    [
+        (smartclip.autoclip, "percentile", 101, "in [0, 100], or None"),
+        (smartclip.zscore_clip, "zmax", -1, ">= 0"),
+        (smartclip.zscore_clip, "decay", 1, "in [0, 1)"),
+        (smartclip.agc, "clipping", 0, "positive"),
+        (smartclip.agc, "eps", 0, "positive"),
+        (smartclip.geometric_quantile, "rate", 2, "in (0, 1]"),
+        (smartclip.ring_buffer, "size", 0, "a Python int from 1 to 16777216"),
+        (clip_by_rule, "warmup_steps", -1, "a number of steps, >= 0"),
+        (clip_by_rule, "max_norm", 0, "positive, or None"),
+        (clip_by_rule, "nonfinite", "x", "one of 'zero', 'propagate'"),
+        (clip_by_rule, "scope", "x", "one of 'global', 'per_layer', 'per_param'"),
+        (smartclip.agc, "scope", "x", "one of 'unit', 'global', 'per_layer', 'per_param'"),
+    ],
+)
+def test_the_message_says_what_is_allowed(factory, name, value, allowed):
+    with pytest.raises(ValueError, match=f"`{name}` must be ") as error:
+        factory(**{name: value})
+    assert f"`{name}` must be {allowed}" in str(error.value)
+
+
+# The next two ask the checks themselves: beartype, which watches over the package in these tests,
+# would not let such a value through to them.
+@pytest.mark.parametrize("value", [3.0, "3", None, np.int64(3), jnp.zeros, NAN])
+def test_a_size_is_a_python_int(value):
+    with pytest.raises(ValueError, match=r"^`size` must be a Python int from 1 to 8 ") as error:
+        checks.check_size("size", value, 8)
+    assert f"got {value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [None, 0, True, ("zero",)])
+def test_a_choice_is_one_of_the_strings(value):
+    with pytest.raises(
+        ValueError, match=r"^`nonfinite` must be one of 'zero', 'propagate', got "
+    ) as error:
+        checks.check_shared(0, None, value)
+    assert f"got {value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["kernel", True, (True,), (0, False)])
+def test_unit_axes_has_its_own_forms(value):
+    with pytest.raises(ValueError, match="`unit_axes` must be None, a Python int") as error:
+        smartclip.agc(unit_axes=value)
+    assert f"got {value!r}" in str(error.value)
+
+
+def test_unit_axes_means_nothing_outside_scope_unit():
+    with pytest.raises(ValueError, match="`unit_axes` must be None unless scope='unit', got 0"):
+        smartclip.agc(unit_axes=0, scope="per_param")
+
+
+def test_the_auto_mode_refuses_a_history_of_one_percentile():
+    with pytest.raises(ValueError, match=r"`history` must .* got geometric_quantile\(0.1\)"):
+        smartclip.autoclip(history=smartclip.geometric_quantile(0.1))
+
+
+@pytest.mark.parametrize(
+    ("factory", "name", "values"),
+    [
+        (smartclip.autoclip, "percentile", (None, 0, 100, 0.0, 100.0, np.float32(50), np.int64(7))),
+        (smartclip.zscore_clip, "zmax", (0, 3, INF, np.float64(2))),
+        (smartclip.zscore_clip, "decay", (0, 0.0, 0.999999)),
+        (smartclip.agc, "clipping", (1e-30, 5, INF)),
+        (smartclip.agc, "eps", (1e-30, 5)),
+        (smartclip.agc, "unit_axes", (None, 0, (-1, 0), (), "flax", "equinox", lambda path, s: 0)),
+        (smartclip.geometric_quantile, "rate", (1e-6, 1, 1.0)),
+        (smartclip.ring_buffer, "size", (1, 2**24)),
+        (clip_by_rule, "warmup_steps", (0, 10, 2.5, 2**31 - 1)),
+        (clip_by_rule, "max_norm", (None, 1, 1e-30, INF)),
+        (clip_by_rule, "nonfinite", ("zero", "propagate")),
+        (clip_by_rule, "scope", ("global", "per_layer", "per_param", {"a": 1}, lambda path: 1)),
+    ],
+)
+def test_the_ends_of_the_ranges_are_allowed(factory, name, values):
+    for value in values:
+        assert callable(factory(**{name: value}).init)
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        clip_by_rule,
+        smartclip.autoclip,
+        lambda **shared: smartclip.autoclip(50.0, **shared),
+        lambda **shared: smartclip.autoclip(50.0, history=smartclip.geometric_quantile(), **shared),
+        smartclip.zscore_clip,
+        smartclip.agc,
+    ],
+)
+@pytest.mark.parametrize("warmup_steps", [2**31 - 1, 2.5, np.int64(3), np.float32(3)])
+def test_every_number_that_is_allowed_can_be_used(factory, warmup_steps):
+    tx = factory(warmup_steps=warmup_steps, max_norm=2)
+    params = {"w": jnp.ones(3)}
+    updates, _ = jax.eval_shape(tx.update, params, jax.eval_shape(tx.init, params), params)
+    assert updates["w"].shape == (3,)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32])
+@pytest.mark.parametrize(
+    ("factory", "names"),
+    [
+        (clip_by_rule, ()),
+        (smartclip.autoclip, ("percentile",)),
+        (smartclip.zscore_clip, ("zmax", "decay")),
+        (smartclip.agc, ("clipping", "eps")),
+        (
+            lambda rate, **shared: smartclip.autoclip(
+                50.0, history=smartclip.geometric_quantile(rate), **shared
+            ),
+            ("rate",),
+        ),
+    ],
+)
+def test_arrays_have_no_value_to_check_and_are_used_as_they_are(factory, names, dtype):
+    params = {"w": jnp.ones(3)}
+
+    def step(numbers):
+        tx = factory(**numbers)
+        return tx.update(params, tx.init(params), params)[0]
+
+    # Traced, and out of range for every argument.
+    numbers = {name: jnp.asarray(-1, dtype) for name in (*names, "warmup_steps", "max_norm")}
+    assert jax.eval_shape(step, numbers)["w"].dtype == jnp.float32
+    factory(**numbers)

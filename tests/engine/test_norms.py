@@ -1,0 +1,264 @@
+"""Group norms against float64 NumPy, for every dtype and far beyond the range of their squares."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from optax_smartclip.engine.norms import by_leaf, by_unit, group_norms, is_inexact, working_dtype
+
+RANDOM = np.random.default_rng(0)
+
+
+def norms_by_leaf(arrays, index=None, num_groups=1, **options):
+    """The norms of groups of whole arrays, compiled."""
+    partition = by_leaf([0] * len(arrays) if index is None else index, num_groups)
+    return jax.jit(lambda arrays: group_norms(arrays, partition, **options))(arrays)
+
+
+@jax.jit
+def norm_of_one(array):
+    return group_norms([array], by_leaf([0], 1))[0]
+
+
+def normal(shape, dtype):
+    values = RANDOM.normal(size=shape)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        values = values + 1j * RANDOM.normal(size=shape)
+    return jnp.asarray(values).astype(dtype)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64, jnp.float8_e4m3fn, jnp.float8_e5m2],
+)
+def test_groups_of_any_dtype_have_the_norms_of_float64_numpy(dtype):
+    shapes = [(40, 30), (), (0, 3), (7,), (2, 1, 5)]
+    arrays = [normal(shape, dtype) for shape in shapes]
+    norms = norms_by_leaf(arrays, [0, 1, 1, 2, 0], 3)
+    expected = [
+        reference.norm([arrays[0], arrays[4]]),
+        reference.norm([arrays[1], arrays[2]]),
+        reference.norm(arrays[3]),
+    ]
+    assert norms.dtype == jnp.float32
+    np.testing.assert_allclose(norms, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_doubles_are_summed_in_double_and_reported_in_single_precision(dtype):
+    # One square is 1e8, and float32 would lose each of the others next to it.
+    values = np.r_[1e4, np.ones(4096)]
+    with jax.enable_x64(True):
+        (norm,) = norms_by_leaf([jnp.asarray(part).astype(dtype) for part in np.split(values, 17)])
+    assert norm.dtype == jnp.float32
+    assert float(norm) == np.float32(np.sqrt(1e8 + 4096))
+
+
+def test_leaves_of_several_dtypes_share_a_norm():
+    # Strict promotion has no common dtype for these.
+    dtypes = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64, jnp.float8_e4m3fn)
+    arrays = [normal((5, 4), dtype) for dtype in dtypes]
+    np.testing.assert_allclose(norms_by_leaf(arrays), [reference.norm(arrays)], rtol=1e-6)
+
+
+def test_integers_and_keys_have_no_norm_but_floats_of_every_width_do():
+    assert all(is_inexact(leaf) for leaf in (1.0, 1j, np.float16(1), jnp.zeros(2, jnp.bfloat16)))
+    assert not any(
+        is_inexact(leaf)
+        for leaf in (1, True, jnp.zeros(2, int), jax.random.key(0), np.zeros((), jax.dtypes.float0))
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (jnp.float8_e4m3fn, jnp.float32),
+        (jnp.float16, jnp.float32),
+        (jnp.bfloat16, jnp.float32),
+        (jnp.float32, jnp.float32),
+        (np.float64, np.float64),
+        (jnp.complex64, jnp.complex64),
+    ],
+)
+def test_values_are_computed_in_float32_at_least(dtype, expected):
+    assert working_dtype(dtype) == expected
+
+
+@pytest.mark.parametrize("size", [1e20, 1e30, 3e38, 1e-25, 1e-30, 1e-37])
+def test_finite_gradients_have_finite_norms_though_their_squares_do_not(size):
+    array = jnp.float32(size) * jnp.asarray([0.6, 0.0, -0.8], jnp.float32)
+    np.testing.assert_allclose(norm_of_one(array), reference.norm(array), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.complex64])
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_other_dtypes_with_the_range_of_float32_are_rescued_too(dtype, size):
+    array = jnp.asarray([0.6 * size, -0.8 * size]).astype(dtype)
+    np.testing.assert_allclose(norms_by_leaf([array])[0], reference.norm(array), rtol=1e-6)
+
+
+def test_a_sum_can_overflow_where_no_square_does():
+    array = jnp.full(400, 1.8e19, jnp.float32)
+    assert np.isfinite(np.float32(1.8e19) ** 2)
+    np.testing.assert_allclose(norm_of_one(array), 3.6e20, rtol=1e-6)
+
+
+def test_squares_that_are_lost_next_to_one_that_is_not_are_counted():
+    # The first square is just above the smallest normal number, the many others are below it.
+    array = np.r_[1.6e-19, np.full(10_000, 1e-19)].astype(np.float32)
+    np.testing.assert_allclose(norm_of_one(array), reference.norm(array), rtol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(1e30, 1.0, 1e-30), (1.0, 1e-30, 0.0), (np.inf, 1e25, np.nan)])
+def test_only_some_of_the_groups_need_the_second_read(sizes):
+    arrays = [jnp.full(4, size, jnp.float32) for size in sizes]
+    np.testing.assert_allclose(
+        norms_by_leaf(arrays, [0, 1, 2], 3), 2 * np.float32(sizes), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_nan_or_inf_anywhere_makes_the_norm_non_finite(bad):
+    array = jnp.asarray([1e30, bad, 0.0, 1e-30], jnp.float32)
+    assert not np.isfinite(norm_of_one(array))
+    assert np.isnan(norm_of_one(array)) == np.isnan(bad)
+
+
+def test_a_tree_without_groups_has_no_norms():
+    assert norms_by_leaf([], [], 0).shape == (0,)
+    assert group_norms([], by_unit([])) == []
+
+
+@pytest.mark.parametrize("arrays", [[], [jnp.zeros((0, 3))], [jnp.zeros(3), jnp.zeros(())]])
+def test_nothing_and_zeros_have_the_norm_zero(arrays):
+    np.testing.assert_array_equal(norms_by_leaf(arrays), [0.0])
+
+
+def test_a_group_without_members_has_the_norm_zero():
+    arrays = [jnp.full(4, 2.0), jnp.full(4, 3.0)]
+    np.testing.assert_array_equal(norms_by_leaf(arrays, [0, 2], 3), [4.0, 0.0, 6.0])
+
+
+@pytest.mark.parametrize("axes", [(), (0,), (1,), (0, 2), (0, 1, 2)])
+def test_units_are_summed_over_their_axes_and_keep_their_dimensions(axes):
+    array = normal((3, 4, 2), jnp.float32)
+    (norms,) = jax.jit(lambda array: group_norms([array], by_unit([axes])))(array)
+    expected = np.sqrt(np.sum(np.float64(array) ** 2, axis=axes, keepdims=True))
+    assert norms.shape == expected.shape
+    np.testing.assert_allclose(norms, expected, rtol=1e-6)
+
+
+def test_single_units_of_several_arrays_are_rescued():
+    rows = np.float32([[3e30, 4e30], [3.0, 4.0], [3e-30, 4e-30], [0.0, 0.0]])
+    by_row, by_column = jax.jit(lambda *arrays: group_norms(list(arrays), by_unit([(1,), (0,)])))(
+        rows, jnp.ones((4, 2))
+    )
+    np.testing.assert_allclose(by_row[:, 0], [5e30, 5.0, 5e-30, 0.0], rtol=1e-6)
+    np.testing.assert_array_equal(by_column, [[2.0, 2.0]])
+
+
+def test_without_exact_below_only_tiny_norms_differ():
+    rows = np.float32([[3e30, 4e30], [3.0, 4.0], [3e-9, 4e-9], [3e-30, 4e-30]])
+    (norms,) = jax.jit(lambda array: group_norms([array], by_unit([(1,)]), exact_below=False))(rows)
+    np.testing.assert_allclose(norms[:3, 0], [5e30, 5.0, 5e-9], rtol=1e-6)
+    assert norms[3, 0] == 0.0
+
+
+def test_without_exact_above_only_huge_norms_differ():
+    for sizes, expected in (((1e25, 1.0), (np.inf, 2.0)), ((1.0, 1e-30), (2.0, 2e-30))):
+        arrays = [jnp.full(4, size, jnp.float32) for size in sizes]
+        norms = norms_by_leaf(arrays, [0, 1], 2, exact_above=False)
+        np.testing.assert_allclose(norms, expected, rtol=1e-6)
+
+
+def test_without_both_there_is_no_second_read():
+    arrays = [jnp.full(4, size, jnp.float32) for size in (1e25, 1.0, 1e-30)]
+    options = {"exact_above": False, "exact_below": False}
+    np.testing.assert_array_equal(norms_by_leaf(arrays, [0, 1, 2], 3, **options), [np.inf, 2, 0])
+    partition = by_leaf([0, 1, 2], 3)
+    program = jax.make_jaxpr(lambda arrays: group_norms(arrays, partition, **options))(arrays)
+    assert "cond" not in str(program)
+
+
+@pytest.mark.parametrize("batch", [jax.vmap, lambda f: lambda rows: jax.lax.map(f, rows)])
+def test_the_derivative_is_zero_at_zero_and_the_direction_elsewhere(batch):
+    # vmap turns the choice between the two reads into a select: then neither may yield a NaN.
+    rows = np.float32([[0.0, 0.0], [3.0, 4.0], [3e30, -4e30], [3e-30, -4e-30]])
+    slopes = jax.jit(batch(jax.grad(norm_of_one)))(rows)
+    expected = [[0.0, 0.0], [0.6, 0.8], [0.6, -0.8], [0.6, -0.8]]
+    np.testing.assert_allclose(slopes, expected, rtol=1e-6)
+
+
+def test_vmap_rescues_single_members_of_a_batch():
+    batch = np.float32([[3.0, 4.0], [3e30, 4e30], [0.0, 0.0], [3e-30, 4e-30], [np.nan, 1.0]])
+    norms = jax.jit(jax.vmap(norm_of_one))(batch)
+    np.testing.assert_allclose(norms, [5.0, 5e30, 0.0, 5e-30, np.nan], rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e25, 1e-30])
+def test_a_norm_is_summed_over_named_axes(size):
+    parts = np.float32(size) * RANDOM.normal(size=(2, 3, 8)).astype(np.float32)
+
+    def local(part):
+        return group_norms([part], by_leaf([0], 1), axis_name=("rows", "columns"))[0]
+
+    norms = jax.jit(jax.vmap(jax.vmap(local, axis_name="columns"), axis_name="rows"))(parts)
+    np.testing.assert_allclose(norms, np.full((2, 3), reference.norm(parts)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-8, 1.0, 1e15])
+def test_in_the_ordinary_range_the_norm_is_the_plain_one_to_the_last_bit(size):
+    array = jnp.float32(size) * normal((1000,), jnp.float32)
+    plain = jax.jit(lambda x: jnp.sqrt(jnp.sum(jnp.square(x))))(array)
+    assert float(norm_of_one(array)) == float(plain)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 64])
+def test_the_norm_does_not_depend_on_how_a_tree_is_split_into_leaves(pieces):
+    values = np.random.default_rng(1).normal(size=4096).astype(np.float32)
+    norm = jax.jit(lambda arrays: group_norms(arrays, by_leaf([0] * pieces, 1))[0])
+    for size in (1.0, 1e30):
+        scaled = np.float32(size) * values
+        np.testing.assert_allclose(
+            norm(np.split(scaled, pieces)), reference.norm(scaled), rtol=1e-6
+        )
+
+
+def test_a_group_has_the_same_bits_next_to_other_groups_and_in_another_program():
+    arrays = [normal((17,), jnp.float32) for _ in range(9)]
+    alone = norms_by_leaf(arrays)
+    between = [item for array in arrays for item in (jnp.full(3, 1e3), array)]
+    np.testing.assert_array_equal(norms_by_leaf(arrays), alone)
+    np.testing.assert_array_equal(norms_by_leaf(between, [1, 0] * 9, 2)[0], alone[0])
+
+
+def test_one_program_serves_all_gradients():
+    traces = []
+
+    @jax.jit
+    def norms(arrays):
+        traces.append(1)
+        return group_norms(arrays, by_leaf([0, 1], 2))
+
+    for size in (1.0, 1e30, 0.0, np.nan):
+        norms([jnp.full(3, size, jnp.float32), jnp.full(2, 1.0, jnp.float32)])
+    assert len(traces) == 1
+
+
+def test_the_gradient_is_read_once_unless_a_sum_is_out_of_range():
+    arrays = [jnp.ones(3), jnp.ones((2, 2)), jnp.ones(())]
+    program = jax.make_jaxpr(lambda arrays: group_norms(arrays, by_leaf([0, 1, 0], 2)))(arrays)
+    equations = program.jaxpr.eqns
+    (choice,) = [eqn for eqn in equations if eqn.primitive.name == "cond"]
+    for argument in program.jaxpr.invars:
+        readers = [eqn for eqn in equations if any(argument is var for var in eqn.invars)]
+        assert len(readers) == 2
+        assert readers[-1] is choice
+    reads = [
+        sum("reduce_sum" in line for line in str(branch).splitlines())
+        for branch in choice.params["branches"]
+    ]
+    assert reads[0] == 0
+    assert reads[1] >= len(arrays)

@@ -1,0 +1,170 @@
+"""States as other tools see them: frozen, serialized, pickled, mapped and selected from."""
+
+import dataclasses
+import pickle
+import sys
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_smartclip as smartclip
+from optax_smartclip.engine.states import select_groups, state
+
+PARAMS = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
+SCALES = np.random.default_rng(0).lognormal(size=8).astype(np.float32)
+
+CHAINS = {
+    "autoclip": lambda: smartclip.autoclip(),
+    "autoclip per leaf": lambda: smartclip.autoclip(50.0, scope="per_param"),
+    "geometric_quantile": lambda: smartclip.autoclip(
+        90.0, history=smartclip.geometric_quantile(0.1)
+    ),
+    "zscore_clip": lambda: smartclip.zscore_clip(warmup_steps=2),
+    "agc": lambda: smartclip.agc(),
+}
+
+
+@pytest.fixture(scope="module", params=CHAINS)
+def run(request):
+    """A chain, its state after four steps, and a function that takes four more."""
+    tx = optax.chain(CHAINS[request.param](), optax.sgd(0.1, momentum=0.9))
+
+    @jax.jit
+    def advance(state, scales):
+        def step(state, scale):
+            grads = jax.tree.map(lambda param: scale * param, PARAMS)
+            return tx.update(grads, state, PARAMS)[::-1]
+
+        return jax.lax.scan(step, state, scales)
+
+    return tx, advance(tx.init(PARAMS), SCALES[:4])[0], lambda state: advance(state, SCALES[4:])
+
+
+def assert_same(tree, other):
+    assert jax.tree.structure(tree) == jax.tree.structure(other)
+    for leaf, expected in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+        assert leaf.dtype == expected.dtype
+        np.testing.assert_array_equal(leaf, expected)
+
+
+def assert_continues(run, restored):
+    _, state, advance = run
+    restored = jax.tree.map(jnp.asarray, restored)
+    assert_same(restored, state)
+    assert_same(advance(restored), advance(state))
+
+
+def test_a_state_restored_from_flax_bytes_goes_on_as_if_nothing_had_happened(run):
+    tx, state, _ = run
+    saved = flax.serialization.to_bytes(state)
+    assert_continues(run, flax.serialization.from_bytes(tx.init(PARAMS), saved))
+
+
+def test_a_pickled_state_goes_on_as_if_nothing_had_happened(run):
+    assert_continues(run, pickle.loads(pickle.dumps(run[1])))
+
+
+def test_a_copied_state_goes_on_as_if_nothing_had_happened(run):
+    leaves, treedef = jax.tree.flatten(run[1])
+    assert_continues(run, jax.tree.unflatten(treedef, [np.asarray(leaf) for leaf in leaves]))
+
+
+def test_optax_finds_the_parameters_next_to_a_clipper_and_none_within(run):
+    # Trap: `map_params` calls `init` with a placeholder that has no leaves.
+    tx, state, _ = run
+    mapped = optax.tree.map_params(
+        tx, lambda leaf: "parameter", state, transform_non_params=lambda leaf: "other"
+    )
+    kinds = set(jax.tree.leaves(mapped[0]))
+    assert kinds <= {"other"}
+    assert set(jax.tree.leaves(mapped[1])) == {"parameter"}
+
+
+def test_the_state_dict_of_flax_has_the_names_of_the_fields():
+    tx = smartclip.zscore_clip()
+    saved = flax.serialization.to_state_dict(tx.init(PARAMS))
+    assert saved.keys() == {"rule", "num_observed", "last"}
+    assert saved["rule"].keys() == {"mean", "std", "num_recorded"}
+    assert "grad_norm" in saved["last"]
+
+
+@pytest.mark.parametrize("change", [{"mean": None}, {"extra": np.zeros(1)}])
+def test_a_saved_state_with_other_fields_is_refused(change):
+    current = smartclip.zscore_clip().init(PARAMS)
+    saved = flax.serialization.to_state_dict(current)
+    saved["rule"] = {
+        name: value for name, value in (saved["rule"] | change).items() if value is not None
+    }
+    with pytest.raises(ValueError, match="A saved ZScoreState must have the fields") as error:
+        flax.serialization.from_state_dict(current, saved)
+    assert str(sorted(saved["rule"])) in str(error.value)
+    assert str(["mean", "num_recorded", "std"]) in str(error.value)
+
+
+def test_a_state_saved_by_another_clipper_is_refused():
+    saved = flax.serialization.to_bytes(smartclip.autoclip().init(PARAMS))
+    with pytest.raises(ValueError, match="A saved ZScoreState must have the fields"):
+        flax.serialization.from_bytes(smartclip.zscore_clip().init(PARAMS), saved)
+
+
+@state
+class Counter:
+    """A rule's state as a user would write it."""
+
+    seen: jax.Array
+
+
+def counting():
+    return smartclip.clip_by_rule(
+        smartclip.ThresholdRule(
+            init=lambda groups: Counter(seen=jnp.zeros(groups, jnp.int32)),
+            threshold=lambda state, norms: norms,
+            record=lambda state, norms, _: Counter(seen=state.seen + 1),
+        )
+    )
+
+
+def test_flax_is_needed_only_once_it_is_loaded(monkeypatch):
+    with monkeypatch.context() as without:
+        without.delitem(sys.modules, "flax.serialization")
+        counting().init(PARAMS)
+    current = counting().init(PARAMS)
+    assert flax.serialization.to_state_dict(current)["rule"].keys() == {"seen"}
+    assert_same(
+        flax.serialization.from_bytes(current, flax.serialization.to_bytes(current)), current
+    )
+
+
+def test_states_are_frozen():
+    for instance in (Counter(seen=jnp.zeros(1)), smartclip.autoclip().init(PARAMS)):
+        (name, *_) = [field.name for field in dataclasses.fields(instance)]
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(instance, name, None)
+
+
+def test_states_are_made_by_keyword_and_are_trees_of_named_leaves():
+    with pytest.raises(TypeError):
+        Counter(jnp.zeros(1))
+    ((path, leaf),) = jax.tree_util.tree_leaves_with_path(Counter(seen=7))
+    assert (jax.tree_util.keystr(path), leaf) == (".seen", 7)
+
+
+def test_groups_are_selected_along_the_first_axis_of_every_leaf():
+    new = Counter(
+        seen={"scalar": jnp.arange(3), "window": jnp.ones((3, 2)), "cube": jnp.ones((3, 1, 2))}
+    )
+    old = jax.tree.map(lambda leaf: -jnp.ones_like(leaf), new)
+    selected = select_groups(jnp.array([True, False, True]), new, old).seen
+    np.testing.assert_array_equal(selected["scalar"], [0, -1, 2])
+    np.testing.assert_array_equal(selected["window"], [[1, 1], [-1, -1], [1, 1]])
+    np.testing.assert_array_equal(selected["cube"][:, 0, 0], [1, -1, 1])
+    assert selected["scalar"].dtype == new.seen["scalar"].dtype
+
+
+def test_a_nan_in_what_is_not_selected_does_not_matter():
+    new, old = jnp.array([jnp.nan, 1.0]), jnp.array([2.0, 3.0])
+    np.testing.assert_array_equal(select_groups(jnp.array([False, True]), new, old), [2.0, 1.0])
