@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from compat import enable_x64
 
 import optax_smartclip as smartclip
 
@@ -198,13 +199,13 @@ def test_updates_keep_their_dtype_and_the_state_its_types(clipper):
     leaves = [jnp.ones(3, name) for name in names]
     check(leaves)
     check([*leaves, jnp.asarray(1.0)])
-    with jax.enable_x64(True):
+    with enable_x64(True):
         check([jnp.ones(3, "float64"), jnp.ones(3, "complex128"), *leaves, jnp.asarray(1.0)])
 
 
 @every_clipper
 def test_double_precision_gradients_are_clipped_in_double_precision_mode(clipper):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         grads = jnp.asarray([3.0, 4.0 + 1e-12])
         clipped, _ = first_step(clipper, grads, jnp.float32(1.0))
         within, _ = first_step(clipper, grads, jnp.float32(9.0))
@@ -218,7 +219,7 @@ def test_one_tree_may_hold_every_dtype():
     updates, _ = first_step(AUTOCLIP, grads, jnp.float32(1.0))
     for update in updates:
         np.testing.assert_array_equal(np.asarray(update, np.complex64), [0.5])
-    with pytest.raises(jax.dtypes.TypePromotionError):
+    with pytest.raises(ValueError, match="promotion"):
         optax_clip(grads, jnp.float32(1.0))
 
 
@@ -309,5 +310,5 @@ def test_agc_accepts_parameters_without_a_gradient():
     updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     assert updates["a"] is None
     np.testing.assert_allclose(updates["b"], [0.5] * 4, rtol=1e-6)
-    with pytest.raises(ValueError, match="structure"):
+    with pytest.raises(ValueError, match=r"structure|Expected None"):
         optax.adaptive_grad_clip(0.5).update(grads, optax.EmptyState(), params)

@@ -19,6 +19,12 @@ def _is_nnx_variable(node: Any) -> bool:
     return nnx is not None and isinstance(node, nnx.Variable)
 
 
+def _value(variable: Any) -> Any:
+    # On the class, because a variable of Flax 0.12.0 looks for what it lacks in its array.
+    get_value = getattr(type(variable), "get_value", None)
+    return variable.raw_value if get_value is None else get_value(variable)
+
+
 def unwrap_variables(tree: PyTree) -> PyTree:
     """The tree with every Flax NNX variable replaced by the value it holds.
 
@@ -26,7 +32,7 @@ def unwrap_variables(tree: PyTree) -> PyTree:
     this, a path would end in `kernel/value` in the first and in `kernel` in the second.
     """
     return jax.tree.map(
-        lambda node: node.get_value() if _is_nnx_variable(node) else node,
+        lambda node: _value(node) if _is_nnx_variable(node) else node,
         tree,
         is_leaf=_is_nnx_variable,
     )

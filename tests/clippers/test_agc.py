@@ -83,7 +83,7 @@ def test_clips_tensors_of_six_axes_where_optax_raises():
         ((), (0, 1, 2, 3)),
         (lambda path, shape: (len(shape) - 1, 1) if path[-1].key == "w" else (), (0, 2)),
     ],
-    ids=str,
+    ids=["flax", "equinox", "int", "negative int", "tuple", "whole leaf", "function"],
 )
 def test_unit_axes_in_every_form(unit_axes, reduced):
     shapes = {"w": (2, 3, 4, 5)}

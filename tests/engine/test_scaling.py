@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compat import enable_x64
 
 from optax_smartclip.engine import scaling
 from optax_smartclip.engine.norms import by_leaf, by_unit
@@ -121,7 +122,7 @@ def test_arrays_keep_their_dtype_and_are_multiplied_exactly(dtype, nonfinite):
 
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
 def test_doubles_stay_doubles(dtype):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         values = jnp.asarray([1.0, 1 / 3]).astype(dtype)
         scaled = scale_array(values, jnp.float32(0.5), jnp.asarray(True), "zero")
     assert scaled.dtype == dtype
