@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float32
+from jaxtyping import Array
 
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.groups import (
@@ -120,6 +120,7 @@ def agc(
     check_scope(scope, ("unit", *SCOPES))
     check_unit_axes(unit_axes, scope)
     by_units = isinstance(scope, str) and scope == "unit"
+    split = axis_name is not None
 
     def groups_of(params: PyTree) -> Groups:
         return assign_groups("global" if by_units else scope, params)
@@ -145,7 +146,9 @@ def agc(
         }
         arrays = list(leaves.values())
         partition = (
-            by_unit([reduced_axes(path, leaf.shape, unit_axes) for path, leaf in leaves.items()])
+            by_unit(
+                [reduced_axes(path, leaf.shape, unit_axes, split) for path, leaf in leaves.items()]
+            )
             if by_units
             else by_leaf([groups.number[path] for path in leaves], len(groups.labels))
         )
@@ -198,8 +201,13 @@ def check_unit_axes(unit_axes: UnitAxes, scope: Scope) -> None:
         raise ValueError(f"`unit_axes` must be None unless scope='unit', got {unit_axes!r}.")
 
 
-def reduced_axes(path: KeyPath, shape: tuple[int, ...], unit_axes: UnitAxes) -> tuple[int, ...]:
+def reduced_axes(
+    path: KeyPath, shape: tuple[int, ...], unit_axes: UnitAxes, split: bool = False
+) -> tuple[int, ...]:
     """The axes of a leaf over which a unit's norm is taken.
+
+    If the leaf is `split` over devices, what is an axis of size 1 here may be longer in the
+    whole, and only a leaf of rank 1 counts as a vector.
 
     Raises:
         ValueError: If `unit_axes` names an axis that the leaf does not have.
@@ -207,7 +215,7 @@ def reduced_axes(path: KeyPath, shape: tuple[int, ...], unit_axes: UnitAxes) -> 
     rank = len(shape)
     if callable(unit_axes):
         kept = unit_axes(path, shape)
-    elif is_vector(shape):
+    elif rank <= 1 or (is_vector(shape) and not split):
         kept = ()
     elif unit_axes is None:
         # Rank 3 is taken for attention heads, [inputs, heads, features], as Optax does.
@@ -242,28 +250,25 @@ def covered_paths(mask: Mask | None, params: PyTree) -> set[KeyPath]:
 def furthest_unit(norms: list[Array], limits: list[Array]) -> tuple[Norms, Norms]:
     """Norm and threshold of the unit with the largest ratio of the two, as one group.
 
-    A unit whose norm is NaN or Inf is furthest of all. Found by comparing, not with `argmax`,
-    which would have to flatten arrays that may be sharded along several axes.
+    A unit whose norm is NaN or Inf is furthest of all. Within a leaf it is found by comparing, not
+    with `argmax`, which would have to flatten arrays that may be sharded along several axes.
     """
+    if not norms:
+        return jnp.zeros(1, jnp.float32), jnp.full(1, jnp.inf, jnp.float32)
 
-    def ratio(norm: Array, limit: Array) -> Array:
+    # Leaf by leaf, and the leaves only at the end: a maximum over all of them that each is then
+    # compared with would be computed anew in the program for each.
+    def furthest(norm: Array, limit: Array) -> tuple[Array, Array, Array]:
         positive = limit > 0
         over = jnp.where(norm > 0, jnp.inf, 0.0)
-        finite_ratio = jnp.where(positive, norm / jnp.where(positive, limit, 1.0), over)
-        return jnp.where(jnp.isfinite(norm), finite_ratio, jnp.inf)
+        ratio = jnp.where(positive, norm / jnp.where(positive, limit, 1.0), over)
+        ratio = jnp.where(jnp.isfinite(norm), ratio, jnp.inf)
+        largest = jnp.max(ratio, initial=0.0)
+        its_norm = jnp.max(jnp.where(ratio == largest, norm, 0.0), initial=0.0)
+        its_own = (ratio == largest) & (norm == its_norm)
+        return largest, its_norm, jnp.min(jnp.where(its_own, limit, jnp.inf), initial=jnp.inf)
 
-    def largest(arrays: list[Array]) -> Float32[Array, ""]:
-        each = [jnp.max(array, initial=0.0) for array in arrays]
-        return jnp.max(jnp.stack([jnp.float32(0.0), *each]))
-
-    ratios = [ratio(norm, limit) for norm, limit in zip(norms, limits, strict=True)]
-    worst = largest(ratios)
-    candidates = [
-        jnp.where(each == worst, norm, 0.0) for each, norm in zip(ratios, norms, strict=True)
-    ]
-    norm = largest(candidates)
-    matching = [
-        jnp.min(jnp.where(candidate == norm, limit, jnp.inf), initial=jnp.inf)
-        for candidate, limit in zip(candidates, limits, strict=True)
-    ]
-    return norm[None], jnp.min(jnp.stack([jnp.float32(jnp.inf), *matching]))[None]
+    each = [furthest(norm, limit) for norm, limit in zip(norms, limits, strict=True)]
+    ratio, norm, limit = (jnp.stack(values) for values in zip(*each, strict=True))
+    leaf = jnp.argmax(ratio, keepdims=True)
+    return norm[leaf], limit[leaf]

@@ -135,8 +135,6 @@ def group_norms(
     ]
     if not out_of_range:
         return jax.tree.map(as_float32, direct([], totals))
-    # The arrays are operands, not closed over: an eager branch that closes over a sharded array
-    # raises on a mesh with explicit axes.
     norms = jax.lax.cond(
         functools.reduce(operator.or_, out_of_range), rescaled, direct, arrays, totals
     )
