@@ -43,6 +43,8 @@ UnitAxes = int | tuple[int, ...] | str | Callable[[KeyPath, tuple[int, ...]], An
 
 Mask = PyTree | MaskFn
 
+_LARGEST = float(jnp.finfo(jnp.float32).max)
+
 # Where the output features are.
 LAYOUTS = {"flax": -1, "equinox": 0}
 
@@ -262,7 +264,8 @@ def furthest_unit(norms: list[Array], limits: list[Array]) -> tuple[Norms, Norms
         positive = limit > 0
         over = jnp.where(norm > 0, jnp.inf, 0.0)
         ratio = jnp.where(positive, norm / jnp.where(positive, limit, 1.0), over)
-        ratio = jnp.where(jnp.isfinite(norm), ratio, jnp.inf)
+        # However far over its threshold a finite norm is, one that is not comes first.
+        ratio = jnp.where(jnp.isfinite(norm), jnp.minimum(ratio, _LARGEST), jnp.inf)
         largest = jnp.max(ratio, initial=0.0)
         its_norm = jnp.max(jnp.where(ratio == largest, norm, 0.0), initial=0.0)
         its_own = (ratio == largest) & (norm == its_norm)
