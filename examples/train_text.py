@@ -13,6 +13,7 @@ that what slows the machine down slows all of them. Prints a table and writes `l
 """
 
 import csv
+import logging
 import platform
 import time
 from collections import Counter
@@ -347,6 +348,8 @@ def main(arguments: list[str]) -> None:
     unknown = sorted(set(names) - set(CLIPPERS))
     if unknown or not names:
         raise app.UsageError(f"--clippers must be any of {', '.join(CLIPPERS)}, got {unknown}.")
+    # Otherwise JAX reports, on every machine without one, that it has found no TPU.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     start = time.perf_counter()
     corpus = load_corpus()
     print(

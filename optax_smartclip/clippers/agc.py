@@ -25,6 +25,7 @@ from optax_smartclip.engine.groups import (
 )
 from optax_smartclip.engine.metrics import increment_where, next_metrics
 from optax_smartclip.engine.norms import (
+    LARGEST,
     AxisName,
     Norms,
     as_float32,
@@ -42,8 +43,6 @@ from optax_smartclip.masks import MaskFn, is_vector
 UnitAxes = int | tuple[int, ...] | str | Callable[[KeyPath, tuple[int, ...]], Any] | None
 
 Mask = PyTree | MaskFn
-
-_LARGEST = float(jnp.finfo(jnp.float32).max)
 
 # Where the output features are.
 LAYOUTS = {"flax": -1, "equinox": 0}
@@ -265,7 +264,7 @@ def furthest_unit(norms: list[Array], limits: list[Array]) -> tuple[Norms, Norms
         over = jnp.where(norm > 0, jnp.inf, 0.0)
         ratio = jnp.where(positive, norm / jnp.where(positive, limit, 1.0), over)
         # However far over its threshold a finite norm is, one that is not comes first.
-        ratio = jnp.where(jnp.isfinite(norm), jnp.minimum(ratio, _LARGEST), jnp.inf)
+        ratio = jnp.where(jnp.isfinite(norm), jnp.minimum(ratio, LARGEST), jnp.inf)
         largest = jnp.max(ratio, initial=0.0)
         its_norm = jnp.max(jnp.where(ratio == largest, norm, 0.0), initial=0.0)
         its_own = (ratio == largest) & (norm == its_norm)

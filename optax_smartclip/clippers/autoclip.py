@@ -26,7 +26,7 @@ from optax_smartclip.histories.ring_buffer import ring_buffer
 _FENCE = 1.5
 
 # Long enough for quartiles that are not mostly noise, short enough for the fence to follow a
-# level that rises tenfold within 100 steps (with 128 norms, a fifth of the gradient is cut on the
+# level that rises tenfold within 100 steps (with 128 norms, a sixth of the gradient is cut on the
 # way). The percentile mode asks for far percentiles, which take more norms to know.
 _AUTO_WINDOW = 112
 _PERCENTILE_WINDOW = 1024
@@ -50,7 +50,7 @@ def autoclip(
     Without a percentile (the auto mode), only outliers are clipped: a norm is cut to the fence
     `q75 + 1.5 * (q75 - q25)`, where q25 and q75 are quartiles of the last 112 raw norms, *the
     current one left out*. There is no number to set: the fence scales with the gradient, follows
-    a change of its level within some 25 steps, and no burst of spikes shorter than a quarter of
+    a change of its level within some 30 steps, and no burst of spikes shorter than a quarter of
     the window can lift it beyond the ordinary norms.
 
     With a percentile, gradients are cut to that percentile of the last 1,024 raw norms, *the

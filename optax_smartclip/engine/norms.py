@@ -23,6 +23,10 @@ AxisName = str | Sequence[str] | None
 Norms = Float32[Array, " groups"]
 Mask = Bool[Array, " groups"]
 
+# What a history says where it knows nothing, so that nothing is clipped. Not Inf, of which sums and
+# differences are NaN.
+LARGEST = float(jnp.finfo(jnp.float32).max)
+
 # A value for each group: [groups] if leaves make up groups, else an array for each leaf.
 GroupValues = Any
 

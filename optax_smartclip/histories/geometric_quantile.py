@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from optax_smartclip.engine import checks
-from optax_smartclip.engine.norms import Norms, as_float32
+from optax_smartclip.engine.norms import LARGEST, Norms, as_float32
 from optax_smartclip.engine.states import select_groups, state
 from optax_smartclip.histories.history import NormHistory, Percentile
 from optax_smartclip.histories.ring_buffer import RingBufferState, ring_buffer
@@ -73,10 +73,8 @@ def geometric_quantile(rate: Any = 0.02) -> NormHistory:
     first_norms = ring_buffer(_SEED_SIZE)
 
     def init(num_groups: int) -> GeometricQuantileState:
-        # Like an empty ring buffer, it lets everything pass until the first norm.
-        largest = float(jnp.finfo(jnp.float32).max)
         return GeometricQuantileState(
-            estimate=jnp.full(num_groups, largest, jnp.float32),
+            estimate=jnp.full(num_groups, LARGEST, jnp.float32),
             seed=first_norms.init(num_groups),
         )
 

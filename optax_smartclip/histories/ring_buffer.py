@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
 
 from optax_smartclip.engine import checks
-from optax_smartclip.engine.norms import Norms, as_float32
+from optax_smartclip.engine.norms import LARGEST, Norms, as_float32
 from optax_smartclip.engine.states import state
 from optax_smartclip.histories.history import NormHistory, Percentile
 
@@ -69,12 +69,11 @@ def ring_buffer(size: int) -> NormHistory:
         (Array([2.], dtype=float32), Array([1.5], dtype=float32))
     """
     checks.check_size("size", size, _MAX_SIZE)
-    empty = float(jnp.finfo(jnp.float32).max)
 
     def init(num_groups: int) -> RingBufferState:
         return RingBufferState(
-            ring=jnp.full((num_groups, size), empty, jnp.float32),
-            ordered=jnp.full((num_groups, size), empty, jnp.float32),
+            ring=jnp.full((num_groups, size), LARGEST, jnp.float32),
+            ordered=jnp.full((num_groups, size), LARGEST, jnp.float32),
             cursor=jnp.zeros(num_groups, jnp.int32),
             length=jnp.zeros(num_groups, jnp.int32),
         )
@@ -93,7 +92,7 @@ def ring_buffer(size: int) -> NormHistory:
         oldest = _pick(state.ring, here)[:, None]
         return RingBufferState(
             ring=jnp.where(here, newest, state.ring),
-            ordered=_insert(_delete(state.ordered, oldest, empty), newest),
+            ordered=_insert(_delete(state.ordered, oldest), newest),
             cursor=(state.cursor + 1) % size,
             length=jnp.minimum(state.length + 1, size),
         )
@@ -131,10 +130,10 @@ def _pick(
 
 
 def _delete(
-    ordered: Float32[Array, "groups size"], norm: Float32[Array, "groups 1"], fill: float
+    ordered: Float32[Array, "groups size"], norm: Float32[Array, "groups 1"]
 ) -> Float32[Array, "groups size"]:
-    """Deletes one occurrence of `norm`, and puts `fill` at the end."""
-    last = jnp.full_like(norm, fill)
+    """Deletes one occurrence of `norm`, and leaves the last place empty."""
+    last = jnp.full_like(norm, LARGEST)
     return jnp.where(ordered < norm, ordered, jnp.concatenate([ordered[:, 1:], last], axis=1))
 
 
