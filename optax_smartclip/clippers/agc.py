@@ -34,7 +34,7 @@ from optax_smartclip.engine.norms import (
     group_norms,
     is_inexact,
 )
-from optax_smartclip.engine.rule import clippable_leaves
+from optax_smartclip.engine.rule import check_num_groups, clippable_leaves
 from optax_smartclip.engine.scaling import clip_arrays, limit_threshold
 from optax_smartclip.engine.states import ClipState, init_state, register_with_flax
 from optax_smartclip.engine.trees import KeyPath, PyTree, flatten, path_name, replace_leaves
@@ -86,7 +86,8 @@ def agc(
             of the parameters, a prefix of it, or a function of the parameters that returns one.
             Where it is False, a leaf is left alone. See `optax_smartclip.masks`.
         warmup_steps: How many finite norms are observed before clipping starts.
-        max_norm: A ceiling on the norm of every unit (or group) that always holds.
+        max_norm: A ceiling on the norm of every unit (or group) that always holds (norms under
+            about 5e-10 count as within it).
         nonfinite: `"zero"` or `"propagate"`, for units (or groups) with a NaN or Inf norm; see
             `clip_by_rule`.
         axis_name: Mapped axes over which the leaves are split; see `clip_by_rule`. With scope
@@ -138,6 +139,7 @@ def agc(
         if params is None:
             raise ValueError("`params` must be passed to `update`: agc compares with the weights.")
         groups = groups_of(params)
+        check_num_groups(state, len(groups.labels))
         weights = flatten(params)
         covered = covered_paths(mask, params)
         leaves = {

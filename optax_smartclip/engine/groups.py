@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
 
 from optax_smartclip.engine import checks
-from optax_smartclip.engine.trees import KeyPath, PyTree, flatten, path_name
+from optax_smartclip.engine.trees import KeyPath, PyTree, flatten, is_path, path_name
 
 Scope = str | Callable[[KeyPath], Hashable] | PyTree
 
@@ -52,8 +52,8 @@ def assign_groups(scope: Scope, tree: PyTree) -> Groups:
     paths = flatten(tree)
     # A group is known by its key: a label, or a path (whose name alone could be ambiguous).
     if isinstance(scope, str) and scope == "global":
-        keys: dict[KeyPath, Hashable] = dict.fromkeys(paths, "global")
-        every_key: list[Hashable] = ["global"]  # also when the tree is empty
+        keys: dict[KeyPath, Any] = dict.fromkeys(paths, "global")
+        every_key: list[Any] = ["global"]  # also when the tree is empty
     elif isinstance(scope, str) and scope == "per_layer":
         keys = {path: path[:-1] for path in paths}
         every_key = list(keys.values())
@@ -74,7 +74,7 @@ def assign_groups(scope: Scope, tree: PyTree) -> Groups:
         keys = broadcast_prefix("scope", label_of, paths)
         every_key = list(label_of.values())
     numbers = {key: number for number, key in enumerate(dict.fromkeys(every_key))}
-    labels = tuple(path_name(key) if isinstance(key, tuple) else str(key) for key in numbers)
+    labels = tuple(path_name(key) if is_path(key) else str(key) for key in numbers)
     return Groups(labels, {path: numbers[key] for path, key in keys.items()})
 
 

@@ -144,12 +144,7 @@ def clip_by_rule(
         del extra_args
         groups = assign_groups(scope, updates if params is None else params)
         num_groups = len(groups.labels)
-        if state.num_observed.shape != (num_groups,):
-            raise ValueError(
-                f"The gradient falls into {num_groups} groups, but `init` was called with "
-                f"parameters of {state.num_observed.shape[0]}. If leaves of the gradient are "
-                "None where the parameters are not, pass `params` to `update`."
-            )
+        check_num_groups(state, num_groups)
         leaves = clippable_leaves(updates, groups)
         arrays = list(leaves.values())
         partition = by_leaf([groups.number[path] for path in leaves], num_groups)
@@ -177,6 +172,16 @@ def clip_by_rule(
         return replace_leaves(updates, dict(zip(leaves, clipped, strict=True))), next_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def check_num_groups(state: ClipState, num_groups: int) -> None:
+    """Raises ValueError if a state was initialised for another number of groups."""
+    if state.num_observed.shape != (num_groups,):
+        raise ValueError(
+            f"The gradient falls into {num_groups} groups, but `init` was called with "
+            f"parameters of {state.num_observed.shape[0]}. If leaves of the gradient are "
+            "None where the parameters are not, pass `params` to `update`."
+        )
 
 
 def clippable_leaves(updates: PyTree, groups: Groups) -> dict[KeyPath, Array]:

@@ -43,6 +43,17 @@ def flatten(tree: PyTree) -> dict[KeyPath, Any]:
     return dict(jax.tree_util.tree_flatten_with_path(unwrap_variables(tree))[0])
 
 
+def is_path(value: Any) -> bool:
+    """Whether a value is a key path, or a part of one, and not some other tuple."""
+    entries = (
+        jax.tree_util.DictKey,
+        jax.tree_util.SequenceKey,
+        jax.tree_util.GetAttrKey,
+        jax.tree_util.FlattenedIndexKey,
+    )
+    return isinstance(value, tuple) and all(isinstance(entry, entries) for entry in value)
+
+
 def path_name(path: KeyPath) -> str:
     """A key path as people write it: `layers/0/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

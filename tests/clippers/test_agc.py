@@ -256,3 +256,11 @@ def test_missing_params_and_an_incomplete_mask_are_errors():
         tx.update(params, tx.init(params))
     with pytest.raises(ValueError, match=r"`mask` must be a tree .* nothing for 'b'"):
         clip(params, params, mask={"w": True})
+
+
+def test_a_state_of_other_groups_is_an_error():
+    tx = smartclip.agc(scope="per_param")
+    state = tx.init({"w": jnp.ones(2)})
+    params = {"w": jnp.ones(2), "b": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"falls into 2 groups, but `init` .* of 1"):
+        tx.update(params, state, params)

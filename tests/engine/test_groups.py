@@ -209,3 +209,10 @@ def test_a_prefix_gives_its_values_to_everything_below():
     assert list(broadcast_prefix("mask", prefix, paths).values()) == [1, 2, 2, False]
     with pytest.raises(ValueError, match=r"`mask` must be a tree .* nothing for 'a/b'"):
         broadcast_prefix("mask", {}, paths)
+
+
+def test_labels_of_a_function_may_be_tuples_and_numbers():
+    params = {"a": {"w": 0.0, "b": 0.0}, "c": 0.0}
+    labels = smartclip.group_labels(lambda path: (len(path), "deep"), params)
+    assert labels == ("(2, 'deep')", "(1, 'deep')")
+    assert smartclip.group_labels(lambda path: len(path), params) == ("2", "1")
