@@ -5,6 +5,7 @@ with `axis_name`.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -229,3 +230,18 @@ def test_pmap_with_axis_name_equals_one_device():
     expected_updates, expected_state = alone("zscore_clip")
     assert_same(updates, [split(tree) for tree in expected_updates])
     assert_same(state, jax.tree.map(lambda leaf: np.stack([leaf] * 8), expected_state))
+
+
+@pytest.mark.parametrize("num_leaves", [1, 20])
+def test_a_step_has_one_all_reduce_whatever_the_number_of_leaves(num_leaves):
+    shapes = {f"layer{number}": (16, 8) for number in range(num_leaves)}
+    mesh = make_mesh(AxisType.Auto, 8)
+    place = place_on(mesh, dict.fromkeys(shapes, P(None, "x")))
+    tx = smartclip.autoclip()
+    with jax.set_mesh(mesh):
+        grads = place(random_tree(0, 1.0, shapes))
+        program = jax.jit(tx.update).lower(grads, tx.init(grads)).compile().as_text()
+    # The second reading, in a branch of its own, has another; a step takes it when it needs to.
+    main = program[program.index("\nENTRY ") :]
+    assert len(re.findall(r" all-reduce(?:-start)?\(", main)) == 1
+    assert len(re.findall(r" all-reduce(?:-start)?\(", program)) == 2
