@@ -97,3 +97,9 @@ def test_a_step_does_not_sort():
     history = smartclip.ring_buffer(64)
     program = jax.jit(history.record).lower(history.init(2), jnp.ones(2), ()).as_text()
     assert "stablehlo.sort" not in program
+
+
+def test_a_state_of_another_size_is_refused():
+    state = smartclip.ring_buffer(3).init(1)
+    with pytest.raises(ValueError, match=r"holds the last 3 norms, .* ring_buffer\(4\)"):
+        smartclip.ring_buffer(4).record(state, jnp.ones(1), ())
