@@ -176,7 +176,7 @@ def test_flax_nnx_parameters_and_their_bare_gradients_have_the_same_groups(scope
     # Trap: an NNX optimizer gives `init` a state of variables and `update` one of bare arrays.
     state = nnx.state(Network(nnx.Rngs(0)), nnx.Param)
     variables = assign_groups(scope, state)
-    bare = assign_groups(scope, nnx.as_pure(state))
+    bare = assign_groups(scope, nnx.to_pure_dict(state))
     assert variables == bare
     assert (
         smartclip.group_labels(scope, state)

@@ -233,15 +233,19 @@ def test_pmap_with_axis_name_equals_one_device():
 
 
 @pytest.mark.parametrize("num_leaves", [1, 20])
-def test_a_step_has_one_all_reduce_whatever_the_number_of_leaves(num_leaves):
+def test_a_step_has_no_more_all_reduces_than_one_of_optax(num_leaves):
     shapes = {f"layer{number}": (16, 8) for number in range(num_leaves)}
     mesh = make_mesh(AxisType.Auto, 8)
-    place = place_on(mesh, dict.fromkeys(shapes, P(None, "x")))
-    tx = smartclip.autoclip()
-    with jax.set_mesh(mesh):
-        grads = place(random_tree(0, 1.0, shapes))
-        program = jax.jit(tx.update).lower(grads, tx.init(grads)).compile().as_text()
-    # The second reading, in a branch of its own, has another; a step takes it when it needs to.
-    main = program[program.index("\nENTRY ") :]
-    assert len(re.findall(r" all-reduce(?:-start)?\(", main)) == 1
-    assert len(re.findall(r" all-reduce(?:-start)?\(", program)) == 2
+    grads = place_on(mesh, dict.fromkeys(shapes, P(None, "x")))(random_tree(0, 1.0, shapes))
+
+    def count(tx):
+        with jax.set_mesh(mesh):
+            program = jax.jit(tx.update).lower(grads, tx.init(grads)).compile().as_text()
+        # Not those of the second reading, which is a branch that a step takes when it needs to.
+        main = program[program.index("\nENTRY ") :]
+        return len(re.findall(r" all-reduce(?:-start)?\(", main))
+
+    ours = count(smartclip.autoclip())
+    assert ours == count(optax.clip_by_global_norm(1.0))
+    # Older versions of XLA did not combine all-reduces on CPU devices.
+    assert ours == 1 or jax.__version_info__ < (0, 10)
