@@ -63,8 +63,9 @@ def agc(
     """Clips each unit's gradient to a fraction of the norm of the unit's weights.
 
     With its defaults, the numbers are those of `optax.adaptive_grad_clip`. It keeps no history,
-    needs `params` in `update`, and belongs before the optimizer. Tuned for SGD: under AdamW, whose
-    steps do not depend on the scale of the gradient, start from a larger `clipping` such as 0.1.
+    needs `params` in `update`, and belongs before the optimizer. Published for SGD; with AdamW, the
+    default has been reported to harm: 38.5 instead of 79.3 % top-1 for a ViT-B on ImageNet
+    (`arXiv 2502.17055 <https://arxiv.org/abs/2502.17055>`_, version 3).
 
     A unit is what computes one output feature: a column of a Flax kernel, a filter of a
     convolution. Vectors, and what is a vector but for axes of size 1, are one unit. Brock et al.
