@@ -208,19 +208,19 @@ def train(corpus: Corpus, names: list[str]) -> list[Run]:
     """Trains every clipper with every seed."""
     text = jnp.asarray(corpus.train)
     held_out = jnp.asarray(corpus.held_out)
-    runs = [Run(name, seed, corpus) for seed in range(SEEDS.value) for name in names]
+    runs = []
     blocks = {}
     evaluate = jax.jit(
         lambda graph, params: bits_per_character(nnx.merge(graph, params), held_out),
         static_argnums=0,
     )
     num_blocks = STEPS.value // BLOCK
-    with tqdm(total=len(runs) * num_blocks * BLOCK, unit="step", smoothing=0.05) as progress:
+    total = SEEDS.value * len(names) * num_blocks * BLOCK
+    with tqdm(total=total, unit="step", smoothing=0.05) as progress:
         for seed in range(SEEDS.value):
+            in_turn = [Run(name, seed, corpus) for name in names]
             for number in range(num_blocks):
-                for run in runs:
-                    if run.seed != seed:
-                        continue
+                for run in in_turn:
                     if run.name not in blocks:
                         progress.set_description(f"compile {run.name}")
                         block = compile_block(run, text)
@@ -234,9 +234,9 @@ def train(corpus: Corpus, names: list[str]) -> list[Run]:
                     run.seconds.append(time.perf_counter() - start)
                     run.blocks.append(jax.tree.map(np.asarray, record))
                     progress.update(BLOCK)
-            for run in runs:
-                if run.seed == seed:
-                    run.held_out_loss = float(evaluate(run.graph, run.params))
+            for run in in_turn:
+                run.held_out_loss = float(evaluate(run.graph, run.params))
+            runs += in_turn
     return runs
 
 
@@ -324,7 +324,6 @@ def plot_norms(runs: list[Run], names: list[str], path: Path) -> None:
         if run.name not in ("none", "agc"):
             finite = np.where(np.isfinite(record.threshold), record.threshold, np.nan)
             axes.plot(steps, finite, color="#D55E00", linewidth=1.2, label="threshold")
-        if run.name not in ("none", "agc"):
             clipped = np.flatnonzero(record.clipped)
             axes.plot(
                 clipped, record.grad_norm[clipped], "v", color="#D55E00", markersize=3.5,
