@@ -1,11 +1,14 @@
 """On eight devices every clipper does what it does on one, however the gradient is sharded.
 
 Under `jit` by itself, on meshes with explicit and with automatic axes; under `shard_map` and `pmap`
-with `axis_name`.
+with `axis_name`. Then whole training steps in the usual layouts, and what the devices send each
+other in the compiled programs.
 """
 
 import functools
+import math
 import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,12 +82,30 @@ def place_on(mesh, specs):
     )
 
 
+# Of the last record, a step reads the counts and nothing else; what it does not read, `jit` drops
+# before it can be donated.
+UNREAD = {"grad_norm", "clip_threshold", "clip_scale", "clipped"}
+
+
+def names_of_kept(tree):
+    """The names of the arrays that are still there."""
+    return {
+        jax.tree_util.keystr(path[-1:], simple=True)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+        if not leaf.is_deleted()
+    }
+
+
 def check_jit(name, mode):
     tx = CLIPPERS[name]()
     mesh = make_mesh(mode, 8)
     place = place_on(mesh, FSDP)
     with jax.set_mesh(mesh):
-        update = jax.jit(tx.update)
+        # Gradient and state are donated; a buffer that could not be reused would be a warning.
+        update = jax.jit(tx.update, donate_argnums=(0, 1))
+        given = place(GRADS[0]), tx.init(place(PARAMS))
+        update(*given, place(PARAMS))
+        assert names_of_kept(given) <= UNREAD
         updates, state = loop(update, tx.init(place(PARAMS)), place)
         assert update._cache_size() == 1
     assert_same((updates, state), alone(name))
@@ -135,13 +156,13 @@ RANKS = {
 }
 
 
-def clip_units(grad, param):
-    """Each unit to a hundredth of the norm of its weights, by hand."""
+def clip_units(grad, param, clipping=0.01):
+    """Each unit to a fraction of the norm of its weights, by hand."""
     axes = {1: (0,), 3: (0,)}.get(grad.ndim, tuple(range(grad.ndim - 1)))
     norm, weight_norm = (
         np.sqrt(np.sum(np.float64(x) ** 2, axis=axes, keepdims=True)) for x in (grad, param)
     )
-    return grad * np.minimum(1, 0.01 * weight_norm / norm)
+    return grad * np.minimum(1, clipping * weight_norm / norm)
 
 
 @modes
@@ -232,20 +253,284 @@ def test_pmap_with_axis_name_equals_one_device():
     assert_same(state, jax.tree.map(lambda leaf: np.stack([leaf] * 8), expected_state))
 
 
+def types(tree):
+    return jax.tree.map(jax.typeof, tree)
+
+
+@every_clipper
+def test_states_keep_their_sharding_type_from_init_to_update(name):
+    tx = CLIPPERS[name]()
+    mesh = make_mesh(AxisType.Explicit, 8)
+    params = place_on(mesh, FSDP)(PARAMS)
+    after = []
+
+    def update(state):
+        after.append(types(tx.update(params, state, params)[1]))
+
+    with jax.set_mesh(mesh):
+        eager, compiled = tx.init(params), jax.jit(tx.init)(params)
+        jax.eval_shape(update, eager)
+    assert types(eager) == types(compiled) == after[0]
+    for leaf in jax.tree.leaves((eager, compiled)):
+        assert len(leaf.sharding.device_set) == 8
+        assert leaf.sharding.is_fully_replicated
+
+
+# Training steps.
+
+
+class Layout(NamedTuple):
+    """Where a model is kept, what of it each device computes with, and where the batch is."""
+
+    mesh: tuple[int, ...]
+    kept: Any
+    used: Any
+    batch: P
+
+
+def specs(up, bias, down):
+    return {"up": {"bias": bias, "kernel": up}, "down": {"kernel": down}}
+
+
+REPLICATED = specs(P(), P(), P())
+COLUMN_THEN_ROW = {axis: specs(P(None, axis), P(axis), P(axis)) for axis in ("x", "y")}
+SPLIT_MODEL = specs(P("x"), P("x"), P(None, "x"))
+LAYOUTS = {
+    "data parallel": Layout((8,), REPLICATED, REPLICATED, P("x")),
+    "FSDP": Layout((8,), SPLIT_MODEL, REPLICATED, P("x")),
+    "tensor parallel": Layout((8,), COLUMN_THEN_ROW["x"], COLUMN_THEN_ROW["x"], P()),
+    "FSDP x tensor parallel": Layout(
+        (4, 2), specs(P("x", "y"), P(("x", "y")), P("y", "x")), COLUMN_THEN_ROW["y"], P("x")
+    ),
+}
+MODEL = random_tree(0, 0.3, specs((8, 16), (16,), (16, 8)))
+INPUTS, TARGETS = (
+    np.float32(np.random.default_rng(seed).normal(size=(14, 16, 8))) for seed in (1, 2)
+)
+TARGETS[11] *= 100
+WINDOW, PERCENTILE, CLIPPING = 5, 70.0, 0.1
+
+
+def loss(model, inputs, targets, layout=None):
+    """Of a perceptron with one hidden layer; with a layout, for explicit axes."""
+    where = {}
+    if layout is not None:
+        model = jax.tree.map(jax.sharding.reshard, model, layout.used)
+        where = {"out_sharding": P(*layout.batch, None) if layout.batch else P(None, None)}
+    hidden = inputs @ model["up"]["kernel"] + model["up"]["bias"][None]
+    outputs = jnp.einsum("bh,ho->bo", jnp.tanh(hidden), model["down"]["kernel"], **where)
+    return jnp.mean(jnp.square(outputs - targets))
+
+
+def adamw():
+    tx = optax.adamw(0.01)
+
+    def update(grads, state, params):
+        with jax.numpy_dtype_promotion("standard"):  # Adam raises a float to an int32 power.
+            return tx.update(grads, state, params)
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+def make_step(tx, layout=None):
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(model, state, inputs, targets):
+        grads = jax.grad(loss)(model, inputs, targets, layout)
+        updates, state = tx.update(grads, state, model)
+        return optax.apply_updates(model, updates), state
+
+    return step
+
+
+# One after the other, so that one program has them all: global, in layers, in units.
+THREE_CLIPPERS = optax.chain(
+    smartclip.autoclip(),
+    smartclip.autoclip(PERCENTILE, history=smartclip.ring_buffer(WINDOW), scope="per_layer"),
+    smartclip.agc(CLIPPING),
+    adamw(),
+)
+
+
+def train(step, model, state, place_batch=lambda batch: batch):
+    """The model and the state after each step."""
+    history = []
+    for batch in zip(INPUTS, TARGETS, strict=True):
+        model, state = step(model, state, *place_batch(batch))
+        history.append(jax.tree.map(np.array, (model, state)))
+    return history, (model, state)
+
+
+@functools.cache
+def train_alone():
+    model = jax.tree.map(jnp.array, MODEL)
+    history, _ = train(make_step(THREE_CLIPPERS), model, THREE_CLIPPERS.init(model))
+    return history
+
+
+def assert_same_training(actual, expected):
+    # Roundings add up over the steps.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), actual, expected
+    )
+
+
+def test_training_on_one_device_is_that_by_hand():
+    optimizer = adamw()
+    derive, optimize = jax.jit(jax.grad(loss)), jax.jit(optimizer.update)
+    model, state = MODEL, optimizer.init(MODEL)
+    norms, layer_norms = [], {"down": [], "up": []}
+    for batch, (actual, (globally, by_layer, *_)) in zip(
+        zip(INPUTS, TARGETS, strict=True), train_alone(), strict=True
+    ):
+        grads = derive(model, *batch)
+        norms.append(reference.norm(grads))
+        limit = reference.fence_thresholds(norms)[-1]
+        scale = min(1, limit / norms[-1])
+        grads = jax.tree.map(lambda grad, scale=scale: grad * scale, grads)
+        limits = []
+        for layer, past in layer_norms.items():
+            past.append(reference.norm(grads[layer]))
+            limits.append(reference.percentile_thresholds(past, PERCENTILE, WINDOW)[-1])
+            scale = min(1, limits[-1] / past[-1])
+            grads[layer] = jax.tree.map(lambda grad, scale=scale: grad * scale, grads[layer])
+        grads = jax.tree.map(lambda g, w: np.float32(clip_units(g, w, CLIPPING)), grads, model)
+        updates, state = optimize(grads, state, model)
+        model = optax.apply_updates(model, updates)
+        assert_same_training(actual, model)
+        assert_same_training(globally.last[:2], (norms[-1], limit))
+        assert_same_training(
+            by_layer.last[:2],
+            (np.array([past[-1] for past in layer_norms.values()]), np.array(limits)),
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@modes
+def test_training_equals_that_on_one_device(mode, layout):
+    mesh = make_mesh(mode, *layout.mesh)
+    kept_in = layout.kept
+    if mode is AxisType.Explicit:
+        # In full, as in the result of a step: what is spelled otherwise, `jit` takes for new.
+        kept_in = jax.tree.map(
+            lambda x, spec: P(*spec, *[None] * (x.ndim - len(spec))), MODEL, kept_in
+        )
+    spread = place_on(mesh, kept_in)
+    split = NamedSharding(mesh, layout.batch)
+    step = make_step(THREE_CLIPPERS, layout if mode is AxisType.Explicit else None)
+    with jax.set_mesh(mesh):
+        given = spread(MODEL), THREE_CLIPPERS.init(spread(MODEL))
+        history, after = train(step, *given, lambda batch: jax.device_put(batch, split))
+    assert_same_training(history, train_alone())
+    assert names_of_kept(given) <= UNREAD
+    assert types(given) == types(after)
+    for leaf, leaf_after in zip(*map(jax.tree.leaves, (given, after)), strict=True):
+        assert leaf.sharding.is_equivalent_to(leaf_after.sharding, leaf.ndim)
+    assert step._cache_size() == 1
+    *clippers, _ = after[1]
+    assert all(np.max(state.last.num_clipped) > 0 for state in clippers)
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(clippers))
+
+
+# What the devices send each other.
+
+
+def compile_update(tx, tree, spec, mode=AxisType.Auto):
+    mesh = make_mesh(mode, 8)
+    grads = place_on(mesh, dict.fromkeys(tree, spec))(tree)
+    with jax.set_mesh(mesh):
+        return jax.jit(tx.update).lower(grads, tx.init(grads), grads).compile().as_text()
+
+
+def main(program):
+    """Without the second reading, which is a branch that a step takes when it needs to."""
+    return program[program.index("\nENTRY ") :]
+
+
+def all_reduced(program):
+    """The shapes of each all-reduce: that of an array or those of several."""
+    results = re.findall(r" = (\S+|\(.*?\)) all-reduce(?:-start)?\(", program)
+    return [re.findall(r"\w+\[([\d,]*)\]", result) for result in results]
+
+
+def num_elements(reduced):
+    return sum(
+        math.prod(map(int, filter(None, shape.split(","))))
+        for shapes in reduced
+        for shape in shapes
+    )
+
+
+def num_gathers(program):
+    return len(re.findall(r" (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", program))
+
+
+def layers(num_leaves):
+    return random_tree(0, 1.0, {f"layer{number}": (16, 8) for number in range(num_leaves)})
+
+
+# Older versions of XLA did not combine all-reduces on CPU devices.
+combines = jax.__version_info__ >= (0, 10)
+
+
 @pytest.mark.parametrize("num_leaves", [1, 20])
 def test_a_step_has_no_more_all_reduces_than_one_of_optax(num_leaves):
-    shapes = {f"layer{number}": (16, 8) for number in range(num_leaves)}
-    mesh = make_mesh(AxisType.Auto, 8)
-    grads = place_on(mesh, dict.fromkeys(shapes, P(None, "x")))(random_tree(0, 1.0, shapes))
+    ours, theirs = (
+        compile_update(tx, layers(num_leaves), P(None, "x"))
+        for tx in (smartclip.autoclip(), optax.clip_by_global_norm(1.0))
+    )
+    assert len(all_reduced(main(ours))) == len(all_reduced(main(theirs)))
+    assert len(all_reduced(main(ours))) == 1 or not combines
+    assert num_gathers(ours) == 0
 
-    def count(tx):
+
+@pytest.mark.parametrize(
+    ("tx", "mode", "numbers_per_leaf"),
+    [
+        (smartclip.autoclip(scope="per_param"), AxisType.Explicit, 1),
+        (CLIPPERS["autoclip_p95_per_param"](), AxisType.Auto, 1),
+        # Those of the weights, too.
+        (smartclip.agc(scope="per_param"), AxisType.Auto, 2),
+        (smartclip.agc(), AxisType.Explicit, 16),
+    ],
+    ids=["autoclip", "geometric_quantile", "agc per_param", "agc with split units"],
+)
+def test_one_all_reduce_for_all_groups_and_nothing_is_gathered(tx, mode, numbers_per_leaf):
+    program = compile_update(tx, layers(20), P("x"), mode)
+    reduced = all_reduced(main(program))
+    assert len(reduced) == 1 or not combines
+    assert num_elements(reduced) == 20 * numbers_per_leaf
+    assert num_gathers(program) == 0
+
+
+def test_units_that_are_whole_on_a_device_need_all_reduces_of_single_numbers_for_the_record():
+    # Whether a second reading is needed, and the unit that is furthest over its threshold.
+    program = compile_update(smartclip.agc(), layers(6), P(None, "x"))
+    reduced = all_reduced(program)
+    assert {shape for shapes in reduced for shape in shapes} == {""}
+    assert num_elements(reduced) == 4 * 6
+    assert len(reduced) <= 6 + 3 or not combines
+    assert num_gathers(program) == 0
+
+
+@modes
+def test_a_training_step_sends_one_more_number_for_each_leaf(mode):
+    layout = LAYOUTS["FSDP"]
+    mesh = make_mesh(mode, *layout.mesh)
+    batch = jax.device_put((INPUTS[0], TARGETS[0]), NamedSharding(mesh, layout.batch))
+
+    def compile_step(clipper):
+        tx = optax.chain(clipper, optax.sgd(0.1))
+        step = make_step(tx, layout if mode is AxisType.Explicit else None)
+        model = place_on(mesh, layout.kept)(MODEL)
         with jax.set_mesh(mesh):
-            program = jax.jit(tx.update).lower(grads, tx.init(grads)).compile().as_text()
-        # Not those of the second reading, which is a branch that a step takes when it needs to.
-        main = program[program.index("\nENTRY ") :]
-        return len(re.findall(r" all-reduce(?:-start)?\(", main))
+            return step.lower(model, tx.init(model), *batch).compile().as_text()
 
-    ours = count(smartclip.autoclip())
-    assert ours == count(optax.clip_by_global_norm(1.0))
-    # Older versions of XLA did not combine all-reduces on CPU devices.
-    assert ours == 1 or jax.__version_info__ < (0, 10)
+    ours, theirs, without = map(
+        compile_step, (smartclip.autoclip(), optax.clip_by_global_norm(1.0), optax.identity())
+    )
+    num_ours, num_theirs, num_without = (
+        num_elements(all_reduced(main(program))) for program in (ours, theirs, without)
+    )
+    assert num_ours == num_theirs == num_without + 3
+    assert num_gathers(ours) == num_gathers(without)
+    assert len(all_reduced(main(ours))) == len(all_reduced(main(theirs)))

@@ -3,110 +3,31 @@
 Where in each wrapper that is, and what the clipper there sees, is what these tests document.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import reference
+from regression import (
+    BY_HAND,
+    INPUTS,
+    PARAMS,
+    RATE,
+    TARGETS,
+    WINDOW,
+    Autoclip,
+    assert_same_params,
+    descend,
+    train,
+    train_by_hand,
+)
 
 import optax_smartclip as smartclip
 
-RATE = 0.1
-WINDOW = 5
-
-rng = np.random.default_rng(0)
-PARAMS = {"b": np.float32(rng.normal(size=2)), "w": np.float32(rng.normal(size=(3, 2)))}
-# Twelve batches; the targets of the sixth are large and give a spike.
-INPUTS = rng.normal(size=(12, 8, 3)).astype(np.float32)
-TARGETS = rng.normal(size=(12, 8, 2)).astype(np.float32)
-TARGETS[5] *= 100
-
-
-def loss(params, inputs, targets):
-    predictions = inputs @ params["w"] + params["b"][None]
-    return jnp.mean(jnp.sum(jnp.square(predictions - targets), axis=1))
-
-
-def gradient(params, inputs, targets):
-    """Of the loss, in NumPy."""
-    residuals = inputs @ params["w"] + params["b"] - targets
-    return {"b": 2 * residuals.mean(axis=0), "w": 2 * inputs.T @ residuals / len(inputs)}
-
-
-def train(tx, inputs=INPUTS, targets=TARGETS, params=PARAMS, fast=lambda params: params):
-    """A training loop. Returns the parameters and the optimizer's state after each step."""
-    tx = optax.with_extra_args_support(tx)
-
-    @jax.jit
-    def step(params, state, inputs, targets):
-        value, grads = jax.value_and_grad(loss)(fast(params), inputs, targets)
-        updates, state = tx.update(grads, state, params, value=value)
-        return optax.apply_updates(params, updates), state
-
-    state = tx.init(params)
-    history = []
-    for batch in zip(inputs, targets, strict=True):
-        params, state = step(params, state, *batch)
-        history.append((params, state))
-    return history
-
-
-class Autoclip:
-    """By hand: the median of the last five norms, the current one included."""
-
-    factory = staticmethod(
-        lambda **kwargs: smartclip.autoclip(50.0, history=smartclip.ring_buffer(WINDOW), **kwargs)
-    )
-
-    def __init__(self):
-        self.norms = []
-
-    def __call__(self, grads, params):
-        self.norms.append(reference.norm(grads))
-        self.limit = reference.percentile_thresholds(self.norms, 50.0, WINDOW)[-1]
-        return jax.tree.map(lambda grad: grad * min(1, self.limit / self.norms[-1]), grads)
-
-
-class Agc:
-    """By hand: each column of a matrix, and each vector, to a tenth of the weights' norm."""
-
-    factory = staticmethod(lambda **kwargs: smartclip.agc(0.1, **kwargs))
-
-    def __call__(self, grads, params):
-        def clip(grad, weight):
-            norm, weight_norm = (np.linalg.norm(x, axis=0) for x in (grad, weight))
-            return grad * np.minimum(1, 0.1 * np.maximum(weight_norm, 1e-3) / norm)
-
-        return jax.tree.map(clip, grads, params)
-
-
-BY_HAND = {"autoclip": Autoclip, "agc": Agc}
 both = pytest.mark.parametrize("clipper", BY_HAND.values(), ids=BY_HAND)
-
-
-def train_by_hand(update, inputs=INPUTS, targets=TARGETS):
-    """The parameters after each step; `update` maps the gradient and the parameters to a step."""
-    params = jax.tree.map(np.float64, PARAMS)
-    history = []
-    for batch in zip(inputs, targets, strict=True):
-        updates = update(gradient(params, *batch), params)
-        params = jax.tree.map(np.add, params, updates)
-        history.append(params)
-    return history
-
-
-def descend(grads):
-    return jax.tree.map(lambda grad: -RATE * grad, grads)
-
-
-def assert_same_params(history, expected):
-    for (params, _), expected_params in zip(history, expected, strict=True):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5),
-            params,
-            expected_params,
-        )
 
 
 @both
@@ -152,6 +73,53 @@ def test_the_applied_step_has_the_norm_of_the_threshold():
     assert norm < record["grad_norm"] / 10
 
 
+class Adam:
+    """By hand. A short memory of the mean, so that a spike is one in the update as well."""
+
+    factory = staticmethod(lambda: optax.adam(RATE, b1=0.5))
+
+    def __init__(self):
+        self.mean = self.square = jax.tree.map(np.zeros_like, PARAMS)
+        self.count = 0
+
+    def __call__(self, grads):
+        self.count += 1
+        self.mean = jax.tree.map(lambda m, g: 0.5 * m + 0.5 * g, self.mean, grads)
+        self.square = jax.tree.map(lambda s, g: 0.999 * s + 0.001 * g**2, self.square, grads)
+        unbias = [1 - decay**self.count for decay in (0.5, 0.999)]
+        return jax.tree.map(
+            lambda m, s: -RATE * (m / unbias[0]) / (np.sqrt(s / unbias[1]) + 1e-8),
+            self.mean,
+            self.square,
+        )
+
+
+def test_behind_adam_the_step_is_bounded_and_before_it_what_adam_remembers():
+    with jax.numpy_dtype_promotion("standard"):  # Adam raises a float to the power of an int32.
+        behind = train(optax.chain(Adam.factory(), Autoclip.factory()))
+        before = train(optax.chain(Autoclip.factory(), Adam.factory()))
+    adam, clip = Adam(), Autoclip()
+    assert_same_params(behind, train_by_hand(lambda grads, params: clip(adam(grads), params)))
+    adam, clip = Adam(), Autoclip()
+    assert_same_params(before, train_by_hand(lambda grads, params: adam(clip(grads, params))))
+
+    def at_the_spike(history):
+        (old, _), (new, state) = history[4:6]
+        record = smartclip.metrics(state)
+        assert record["clipped"]
+        squares = sum(np.sum(leaf) for leaf in jax.tree.leaves(optax.tree.get(state, "nu")))
+        step = reference.norm(jax.tree.map(np.subtract, new, old))
+        return step, np.sqrt(squares / 0.001), record
+
+    step, remembered, record = at_the_spike(behind)
+    np.testing.assert_allclose(step, record["clip_threshold"], rtol=1e-5)
+    assert step < record["grad_norm"] / 1.5  # Here, the norm of Adam's update.
+    assert remembered > 100
+    _, remembered, record = at_the_spike(before)
+    limits = [smartclip.metrics(state)["clip_threshold"] for _, state in before[:6]]
+    assert remembered <= np.linalg.norm(limits) < record["grad_norm"] / 10
+
+
 @both
 def test_under_masked_the_norm_is_that_of_the_leaves_in_the_mask(clipper):
     tx = optax.chain(optax.masked(clipper.factory(), {"w": True, "b": False}), optax.sgd(RATE))
@@ -165,9 +133,10 @@ def test_under_masked_the_norm_is_that_of_the_leaves_in_the_mask(clipper):
 
 
 @both
-def test_under_partition_each_part_has_a_clipper_of_its_own(clipper):
+@pytest.mark.parametrize("partition", ["partition", "multi_transform"])
+def test_under_partition_each_part_has_a_clipper_of_its_own(clipper, partition):
     # Two rates, to see that each part also has its own optimizer.
-    tx = optax.partition(
+    tx = getattr(optax, partition)(
         {
             "weights": optax.chain(clipper.factory(), optax.sgd(RATE)),
             "biases": optax.chain(clipper.factory(), optax.sgd(RATE / 2)),
@@ -236,6 +205,63 @@ def test_outside_multisteps_the_clipper_sees_every_micro_step():
         history = train(optax.chain(Autoclip.factory(), inner))
     assert_same_params(history, train_by_hand(update))
     assert int(smartclip.metrics(history[-1][1])["num_steps"]) == 12
+
+
+@pytest.mark.parametrize(
+    ("should_skip", "largest"),
+    [
+        (optax.skip_not_finite, np.inf),
+        (functools.partial(optax.skip_large_updates, max_squared_norm=50.0**2), 50.0),
+    ],
+    ids=["skip_not_finite", "skip_large_updates"],
+)
+def test_micro_steps_that_multisteps_skips_are_not_seen_by_the_clipper(should_skip, largest):
+    targets = TARGETS.copy()
+    targets[[3, 7]] = np.nan
+    inner = optax.chain(Autoclip.factory(), optax.sgd(RATE))
+    tx = optax.MultiSteps(inner, every_k_schedule=2, should_skip_update_fn=should_skip)
+    clip, kept, num_steps = Autoclip(), [], []
+
+    def update(grads, params):
+        step = jax.tree.map(np.zeros_like, grads)
+        if reference.norm(grads) < largest:
+            kept.append(grads)
+            if len(kept) % 2 == 0:
+                step = descend(clip(jax.tree.map(lambda a, b: (a + b) / 2, *kept[-2:]), params))
+        num_steps.append(len(kept) // 2)
+        return step
+
+    with jax.numpy_dtype_promotion("standard"):  # MultiSteps divides float32 by int32.
+        history = train(tx.gradient_transformation(), targets=targets)
+    assert_same_params(history, train_by_hand(update, targets=targets))
+    assert len(kept) == (10 if largest == np.inf else 9)  # The spike is too large for the second.
+    for (_, state), expected in zip(history, num_steps, strict=True):
+        assert int(smartclip.metrics(state)["num_steps"]) == expected
+        assert int(state.gradient_step) == expected
+    record = smartclip.metrics(history[-1][1])
+    assert int(record["num_nonfinite"]) == 0
+    assert int(record["num_clipped"]) > 0
+
+
+def test_inject_hyperparams_schedules_the_percentile():
+    clipper = optax.inject_hyperparams(smartclip.autoclip)(
+        percentile=optax.linear_schedule(90.0, 10.0, transition_steps=8),
+        history=smartclip.ring_buffer(WINDOW),
+    )
+    norms, limits = [], []
+
+    def update(grads, params):
+        percentile = max(90.0 - 10.0 * len(norms), 10.0)
+        norms.append(reference.norm(grads))
+        limits.append(np.percentile(norms[-WINDOW:], percentile))
+        scale = min(1.0, limits[-1] / norms[-1])
+        return descend(jax.tree.map(lambda grad: scale * grad, grads))
+
+    history = train(optax.chain(clipper, optax.sgd(RATE)))
+    assert_same_params(history, train_by_hand(update))
+    thresholds = [smartclip.metrics(state)["clip_threshold"] for _, state in history]
+    np.testing.assert_allclose(thresholds, limits, rtol=1e-5)
+    assert smartclip.metrics(history[-1][1])["num_clipped"] > 0
 
 
 def test_inject_hyperparams_schedules_the_ceiling_together_with_the_rate():

@@ -1,0 +1,224 @@
+"""Every clipper's training step under the strict modes of JAX equals the ordinary one.
+
+These are the modes that people turn on to find a bug: no implicit transfer, no NaN on the way, no
+leaked tracer, double precision, and no `jit` at all. Strict promotion of dtypes and of ranks is on
+in all tests.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from clipper_table import CLIPPERS
+from compat import enable_x64
+
+every_clipper = pytest.mark.parametrize("name", CLIPPERS)
+
+WARMUP = 2
+SPIKE, ZERO, INF = 2, 3, 4
+
+# Of the last record, a step reads the counts and nothing else; what it does not read, `jit` drops
+# before it can be donated.
+UNREAD = ("grad_norm", "clip_threshold", "clip_scale", "clipped")
+
+rng = np.random.default_rng(0)
+PARAMS = {
+    "b": rng.normal(size=2).astype(np.float32),
+    "w": rng.normal(size=(3, 2)).astype(np.float32),
+}
+# Float64, so that rounding to float32 would show.
+GRADS = [
+    jax.tree.map(lambda leaf: size * rng.normal(size=leaf.shape), PARAMS)  # noqa: B023
+    for size in (0.1, 0.1, 100.0, 0.0, 0.1, 0.1)
+]
+GRADS[INF]["b"][0] = np.inf
+GRADS[INF]["w"][1, 1] = -np.inf
+
+
+def adamw():
+    tx = optax.adamw(0.01)
+
+    def update(grads, state, params):
+        with jax.numpy_dtype_promotion("standard"):  # Adam raises a float to an int32 power.
+            return tx.update(grads, state, params)
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+@functools.cache
+def build(name):
+    """The optimizer and its training step, not compiled."""
+    tx = optax.chain(CLIPPERS[name](warmup_steps=WARMUP), adamw())
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return tx, step
+
+
+@functools.cache
+def compiled_step(name):
+    return jax.jit(build(name)[1], donate_argnums=(0, 1))
+
+
+def start(name, dtype=jnp.float32):
+    params = jax.tree.map(lambda leaf: jnp.array(leaf, dtype), PARAMS)
+    return params, build(name)[0].init(params)
+
+
+def gradients(dtype=jnp.float32):
+    return [jax.tree.map(lambda leaf: jnp.array(leaf, dtype), grads) for grads in GRADS]
+
+
+def run(step, carry, grads):
+    """The parameters and the state after each step."""
+    history = []
+    for grad in grads:
+        carry = step(*carry, grad)
+        # Copied, because the next step may reuse the buffers.
+        history.append(jax.tree.map(np.array, carry))
+    return history
+
+
+@functools.cache
+def ordinary(name):
+    return run(compiled_step(name), start(name), gradients())
+
+
+def assert_same_bits(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert a.tobytes() == b.tobytes()
+
+
+def assert_close(actual, expected):
+    """Equal but for the rounding of each operation, of which Adam's mean may be a difference."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-9)
+
+
+@every_clipper
+def test_a_donated_step_clips_the_spike_and_keeps_nothing_of_what_it_was_given(name):
+    step, grads = compiled_step(name), gradients()
+    carry = start(name)
+    for grad in grads:
+        given = [
+            leaf
+            for path, leaf in jax.tree.leaves_with_path(carry)
+            if path[-1] not in map(jax.tree_util.GetAttrKey, UNREAD)
+        ]
+        carry = step(*carry, grad)
+        assert all(leaf.is_deleted() for leaf in given)
+    assert step._cache_size() == 1
+    assert_same_bits(jax.tree.map(np.array, carry), ordinary(name)[-1])
+    records = [state[0].last for _, state in ordinary(name)]
+    assert np.all(records[SPIKE].clipped)
+    assert np.all(records[INF].num_nonfinite == 1)
+    assert not np.any(records[ZERO].clipped | records[INF].clipped | records[0].clipped)
+
+
+@pytest.mark.parametrize(
+    ("name", "thresholds"),
+    [
+        ("autoclip", functools.partial(reference.fence_thresholds, warmup_steps=WARMUP)),
+        ("zscore_clip", functools.partial(reference.zscore_thresholds, warmup_steps=WARMUP)),
+    ],
+)
+def test_the_ordinary_run_is_that_by_hand(name, thresholds):
+    norms = [reference.norm(grads) for grads in GRADS]
+    limits = thresholds(norms)
+    optimizer = adamw()
+    update = jax.jit(optimizer.update)
+    params, state = PARAMS, optimizer.init(PARAMS)
+    for grads, norm, limit, (actual, _) in zip(GRADS, norms, limits, ordinary(name), strict=True):
+        finite = grads if norm < np.inf else jax.tree.map(np.zeros_like, grads)
+        scale = min(1, limit / norm) if norm else 1
+        clipped = jax.tree.map(lambda leaf, scale=scale: np.float32(scale * leaf), finite)
+        updates, state = update(clipped, state, params)
+        params = optax.apply_updates(params, updates)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), actual, params)
+
+
+@every_clipper
+def test_a_compiled_step_transfers_nothing(name):
+    step, grads = compiled_step(name), gradients()
+    carries = [start(name), start(name)]
+    with jax.transfer_guard("disallow"):
+        # What the guard is there for: NumPy arrays would be sent to the device at each step.
+        with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+            step(*carries[0], jax.tree.map(np.float32, GRADS[0]))
+        history = [carries[1]]
+        for grad in grads:
+            history.append(step(*jax.tree.map(jnp.copy, history[-1]), grad))
+    assert_same_bits(jax.tree.map(np.array, history[1:]), ordinary(name))
+
+
+@every_clipper
+def test_a_compiled_step_makes_no_nan_of_a_gradient_without(name):
+    step = compiled_step(name)
+    with jax.debug_nans(True):
+        assert_same_bits(run(step, start(name), gradients()), ordinary(name))
+        # One that came in is reported as the norm, and found.
+        with pytest.raises(FloatingPointError):
+            step(*start(name), jax.tree.map(lambda leaf: leaf * np.nan, gradients()[0]))
+
+
+@every_clipper
+def test_no_operation_makes_a_nan_where_nothing_is_compiled(name):
+    # Also none in a branch, which under `jit` would be seen as a whole only.
+    with jax.disable_jit(), jax.debug_nans(True):
+        history = run(build(name)[1], start(name), gradients())
+    assert_close(history, ordinary(name))
+
+
+@every_clipper
+def test_tracing_leaks_no_tracer_and_gives_the_same_program(name):
+    tx, step = build(name)
+
+    def train(params, grads):
+        return step(*step(params, tx.init(params), grads), grads)
+
+    def program():
+        return jax.jit(lambda *args: train(*args)).lower(PARAMS, gradients()[0]).as_text()
+
+    with jax.checking_leaks():
+        checked = program()
+    assert checked == program()
+
+
+@every_clipper
+def test_float32_stays_float32_where_float64_is_enabled(name):
+    with enable_x64(True):
+        history = run(jax.jit(build(name)[1]), start(name), gradients())
+    for (params, state), (expected, expected_state) in zip(history, ordinary(name), strict=True):
+        assert_close(state, expected_state)
+        # Adam's own powers are then float64.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), params, expected)
+
+
+@every_clipper
+def test_a_float64_step_has_float64_precision(name):
+    with enable_x64(True):
+        history = run(jax.jit(build(name)[1]), start(name, jnp.float64), gradients(jnp.float64))
+        optimizer = adamw()
+        params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float64), PARAMS)
+        state = optimizer.init(params)
+        for step in range(WARMUP):
+            grads = gradients(jnp.float64)[step]
+            updates, state = optimizer.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), history[step][0], params
+            )
+    for (params, state), (expected, expected_state) in zip(history, ordinary(name), strict=True):
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float64)}
+        assert_close(state[0], expected_state[0])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), params, expected)
