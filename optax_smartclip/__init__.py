@@ -7,6 +7,7 @@ from optax_smartclip import masks
 from optax_smartclip.clippers.agc import agc
 from optax_smartclip.clippers.autoclip import autoclip
 from optax_smartclip.clippers.zscore_clip import zscore_clip
+from optax_smartclip.engine.graft import graft
 from optax_smartclip.engine.groups import group_labels
 from optax_smartclip.engine.metrics import ClipMetrics, metrics
 from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
@@ -14,18 +15,26 @@ from optax_smartclip.engine.states import ClipState
 from optax_smartclip.histories.geometric_quantile import geometric_quantile
 from optax_smartclip.histories.history import NormHistory
 from optax_smartclip.histories.ring_buffer import ring_buffer
+from optax_smartclip.stateful.clippers import AGC, AutoClip, ZScoreClip
+from optax_smartclip.stateful.context import apply_grads, clip_context
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AGC",
+    "AutoClip",
     "ClipMetrics",
     "ClipState",
     "NormHistory",
     "ThresholdRule",
+    "ZScoreClip",
     "agc",
+    "apply_grads",
     "autoclip",
     "clip_by_rule",
+    "clip_context",
     "geometric_quantile",
+    "graft",
     "group_labels",
     "masks",
     "metrics",

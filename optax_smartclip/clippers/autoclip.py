@@ -28,7 +28,7 @@ _FENCE = 1.5
 # Long enough for quartiles that are not mostly noise, short enough for the fence to follow a
 # level that rises tenfold within 100 steps (with 128 norms, a sixth of the gradient is cut on the
 # way). The percentile mode asks for far percentiles, which take more norms to know.
-_AUTO_WINDOW = 112
+AUTO_WINDOW = 112
 _PERCENTILE_WINDOW = 1024
 
 # The fence of fewer norms than this is mostly noise.
@@ -95,7 +95,7 @@ def autoclip(
         3.50
     """
     if percentile is None:
-        history = ring_buffer(_AUTO_WINDOW) if history is None else history
+        history = ring_buffer(AUTO_WINDOW) if history is None else history
         rule = fence_rule(history)
         warmup_steps = _AUTO_WARMUP if warmup_steps is None else warmup_steps
     else:

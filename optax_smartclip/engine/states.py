@@ -99,7 +99,14 @@ def register_with_flax() -> None:
                 )
             restored = object.__new__(type(node))
             for name in names:
-                value = serialization.from_state_dict(getattr(node, name), saved[name], name=name)
+                current = getattr(node, name)
+                value = serialization.from_state_dict(current, saved[name], name=name)
+                # Flax would take an array of any length.
+                if isinstance(current, jax.Array) and jnp.shape(value) != current.shape:
+                    raise ValueError(
+                        f"A saved {type(node).__name__} must have {name!r} of shape "
+                        f"{current.shape}, as the clipper of this run has, got {jnp.shape(value)}."
+                    )
                 object.__setattr__(restored, name, value)
             return restored
 

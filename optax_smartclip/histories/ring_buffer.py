@@ -84,8 +84,8 @@ def ring_buffer(size: int) -> NormHistory:
         del percentiles
         if state.ring.shape[1] != size:
             raise ValueError(
-                f"The state holds the last {state.ring.shape[1]} norms, as from a checkpoint of "
-                f"another run, but this history is a ring_buffer({size})."
+                f"The state must have 'ring' of shape {(len(norms), size)}, as this history is a "
+                f"ring_buffer({size}), got {state.ring.shape}, as from another run's checkpoint."
             )
         newest = norms[:, None]
         here = _is_at(state.cursor, size)

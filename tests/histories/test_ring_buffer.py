@@ -101,5 +101,5 @@ def test_a_step_does_not_sort():
 
 def test_a_state_of_another_size_is_refused():
     state = smartclip.ring_buffer(3).init(1)
-    with pytest.raises(ValueError, match=r"holds the last 3 norms, .* ring_buffer\(4\)"):
+    with pytest.raises(ValueError, match=r"'ring' of shape \(1, 4\), .*, got \(1, 3\)"):
         smartclip.ring_buffer(4).record(state, jnp.ones(1), ())

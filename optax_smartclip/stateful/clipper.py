@@ -1,0 +1,282 @@
+"""What the stateful clippers share: a transformation whose state lives in `jax.Ref`s.
+
+A gradient transformation hands its state back and leaves it to the caller. A stateful clipper keeps
+it in mutable arrays of its own, which can be read and written eagerly, under `jit` and in `scan`
+alike, so that it is called like a function of the gradient:
+
+    clipper = AutoClip()
+    clipped = apply_grads(grads, params, clipper)
+
+Underneath is the transformation that `optax.chain` would be given.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import io_callback
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from optax_smartclip.engine import checks
+from optax_smartclip.engine.groups import SCOPES, assign_groups
+from optax_smartclip.engine.norms import Norms, is_inexact
+from optax_smartclip.engine.states import ClipState, init_state
+from optax_smartclip.engine.trees import PyTree, flatten, replace_leaves, unwrap_variables
+from optax_smartclip.stateful.saved import Key, Saved, from_json, restore, to_json
+
+# Older versions of JAX have it under its first name.
+_NEW_REF = "new_ref" if hasattr(jax, "new_ref") else "array_ref"
+_new_ref: Callable[[Array], Any] = getattr(jax, _NEW_REF)
+
+
+class MetricsRecord(TypedDict, total=False):
+    """What `on_metrics` is given for each group at each step: Python values.
+
+    Attributes:
+        algo: `"autoclip"`, `"zscore"` or `"agc"`.
+        key: The group: `("global",)`, `("layer", path)` or `("param", path)`.
+        scope: `"global"`, `"per_layer"` or `"per_param"`.
+        grad_norm: The norm before clipping; NaN or Inf if that is what it was.
+        threshold: What the history allows, also while warming up; Inf if it knows nothing yet.
+            (Not of AGC.)
+        weight_norm: The norm of the weights. (Of AGC only.)
+        target: What the weights allow, also while warming up. (Of AGC only.)
+        scale: What the gradient was multiplied by, in [0, 1].
+        clipped: Whether the norm was over what is allowed.
+    """
+
+    algo: str
+    key: Key
+    scope: str
+    grad_norm: float
+    threshold: float
+    weight_norm: float
+    target: float
+    scale: float
+    clipped: bool
+
+
+OnMetrics = Callable[[MetricsRecord], Any]
+
+
+class StatefulClipper:
+    """A gradient transformation together with its state; see its three subclasses.
+
+    Attributes:
+        algo: The name of the algorithm in records and saved states.
+        scope: Which leaves share one norm.
+        eps: Norms up to this are never clipped.
+        guard_nans: Whether a gradient with a NaN or Inf norm becomes zeros.
+    """
+
+    algo: ClassVar[str]
+
+    def __init__(self, **arguments: Any) -> None:
+        arguments = {name: to_python(value) for name, value in arguments.items()}
+        gate = {name: arguments[name] for name in ("warmup_steps", "min_history")}
+        for name, steps in gate.items():
+            checks.check_number(name, steps, 0.0, 2.0**31 - 1, allowed="a number of steps, >= 0")
+        eps = arguments["eps"]
+        checks.check_number("eps", eps, 0.0, float("inf"), allowed="positive", strict_low=True)
+        checks.check_choice("scope", arguments["scope"], SCOPES)
+        self.scope: str = arguments["scope"]
+        self.eps = float(eps)
+        self.guard_nans = bool(arguments["guard_nans"])
+        self._arguments = arguments
+        # So many norms, the one to be judged among them, must have been observed.
+        self._needed_norms = max(1, *gate.values())
+        self._init_rule, self._transformation = self._build()
+        self._keys: tuple[Key, ...] = ()
+        self._refs: ClipState | None = None
+        # A state that was loaded waits here to learn on which devices it belongs.
+        self._loaded: ClipState | None = None
+        # Compiled, or each eager step would build the `cond` within it anew.
+        self._update = jax.jit(self._step, static_argnames="with_record")
+
+    def _build(self) -> tuple[Callable[[int], Any], optax.GradientTransformationExtraArgs]:
+        """What the rule starts with, by number of groups, and the transformation."""
+        raise NotImplementedError
+
+    def _limits(
+        self, state: ClipState, norms: Norms, grads: PyTree, params: PyTree
+    ) -> dict[str, Array]:
+        """What is allowed in this step, by its name in a `MetricsRecord`."""
+        raise NotImplementedError
+
+    def _covers(self, leaf: Any) -> bool:
+        """Whether a leaf is clipped."""
+        return is_inexact(leaf)
+
+    @property
+    def _shared_options(self) -> dict[str, Any]:
+        return {
+            "scope": self.scope,
+            # The engine counts the norms before the one to be judged.
+            "warmup_steps": self._needed_norms - 1,
+            "nonfinite": "zero" if self.guard_nans else "propagate",
+        }
+
+    def init(self, params: PyTree) -> None:
+        """Creates the state, on the devices of `params`, unless there is one.
+
+        The first `apply_grads` does the same. Call it before a step that is compiled for several
+        devices outside of `jax.set_mesh`: while such a step is traced, nothing tells where the
+        state belongs.
+
+        Args:
+            params: The parameters, or a tree with their structure.
+
+        Raises:
+            ValueError: If there is a state, but of parameters that fall into other groups.
+        """
+        keys = self._group_keys(params)
+        if self._keys and keys != self._keys:
+            raise ValueError(
+                f"`params` must fall into the groups that this clipper has a state of, "
+                f"{self._keys}, got {keys}. Use one clipper for each model."
+            )
+        if self._refs is None:
+            device = _replicated(params)
+            # A concrete state, even in the middle of a trace.
+            with jax.ensure_compile_time_eval():
+                state = self._loaded or init_state(self._init_rule(len(keys)), len(keys))
+                self._refs = jax.tree.map(
+                    lambda leaf: _new_ref(jax.device_put(jnp.asarray(leaf), device)), state
+                )
+            self._keys, self._loaded = keys, None
+
+    def clip(self, grads: PyTree, params: PyTree, on_metrics: OnMetrics | None = None) -> PyTree:
+        """The clipped gradient; see `apply_grads`."""
+        self.init(grads if params is None else params)
+        shown = self._covered(grads)
+        shown_params = None if params is None else self._covered(params)
+        state = self._state()
+        clipped, new_state, record = self._update(
+            state, shown, shown_params, with_record=on_metrics is not None
+        )
+        self._write(new_state)
+        if on_metrics is not None:
+            self._report(on_metrics, record)
+        return replace_leaves(grads, flatten(clipped))
+
+    @property
+    def num_steps(self) -> int | None:
+        """The steps so far; None while a step is traced."""
+        state = self._state()
+        steps = 0 if state is None else jnp.max(state.last.num_steps)
+        return None if isinstance(steps, jax.core.Tracer) else int(steps)
+
+    def can_clip(self) -> Any:
+        """Whether warm-up is over, for some group: a bool, a traced one within a traced step."""
+        state = self._state()
+        if state is None:
+            return False
+        return to_python(jnp.max(state.num_observed) >= self._needed_norms)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, arguments and state, ready for JSON."""
+        return to_json(self.algo, Saved(self._arguments, self._keys, self._state()))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores arguments and state.
+
+        A clipper that is in use keeps its arguments, as they are compiled into the steps that use
+        it, and refuses a state that was saved with others.
+
+        Args:
+            state: What `state_dict` of the same class returned, through JSON or not.
+
+        Raises:
+            ValueError: If it is something else, or does not fit; then nothing has changed.
+        """
+        saved = from_json(self.algo, state, self._arguments)
+        if self._refs is not None:
+            current = {**self._arguments, "groups": self._keys}
+            for name, value in {**saved.arguments, "groups": saved.keys}.items():
+                if value != current[name]:
+                    raise ValueError(
+                        f"`state` was saved with {name}={value!r}, but this clipper is in use with "
+                        f"{current[name]!r}. Load it into a new one."
+                    )
+        other = type(self)(**saved.arguments)
+        restored = None
+        if saved.state is not None:
+            groups = len(saved.keys)
+            restored = restore(init_state(other._init_rule(groups), groups), saved.state)
+        if self._refs is None:
+            self.__init__(**saved.arguments)  # type: ignore[misc]
+            self._keys, self._loaded = saved.keys, restored
+        elif restored is not None:
+            self._write(restored)
+
+    def _step(
+        self, state: ClipState, grads: PyTree, params: PyTree, *, with_record: bool
+    ) -> tuple[PyTree, ClipState, dict[str, Array]]:
+        clipped, new_state = self._transformation.update(grads, state, params)
+        record: dict[str, Array] = {}
+        if with_record:
+            last = new_state.last
+            norms = last.grad_norm.reshape(state.num_observed.shape)
+            record = {
+                "grad_norm": norms,
+                **self._limits(state, jnp.where(jnp.isfinite(norms), norms, 0.0), grads, params),
+                "scale": last.clip_scale,
+                "clipped": last.clipped,
+            }
+        return clipped, new_state, record
+
+    def _report(self, on_metrics: OnMetrics, record: dict[str, Array]) -> None:
+        def report(record: dict[str, Any]) -> None:
+            columns = {name: np.ravel(values).tolist() for name, values in record.items()}
+            for number, key in enumerate(self._keys):
+                of_group = {name: values[number] for name, values in columns.items()}
+                fields: Any = {"algo": self.algo, "key": key, "scope": self.scope, **of_group}
+                on_metrics(fields)
+
+        if any(isinstance(values, jax.core.Tracer) for values in record.values()):
+            io_callback(report, None, record, ordered=True)
+        else:
+            report(record)
+
+    def _covered(self, tree: PyTree) -> PyTree:
+        """The tree with None for every leaf that is not clipped."""
+        return jax.tree.map(
+            lambda leaf: leaf if self._covers(leaf) else None, unwrap_variables(tree)
+        )
+
+    def _group_keys(self, params: PyTree) -> tuple[Key, ...]:
+        labels = assign_groups(self.scope, self._covered(params)).labels
+        kind = {"global": (), "per_layer": ("layer",), "per_param": ("param",)}[self.scope]
+        return tuple((*kind, label) for label in labels)
+
+    def _state(self) -> ClipState | None:
+        if self._refs is None:
+            return self._loaded
+        state: ClipState = jax.tree.map(lambda ref: ref[...], self._refs)
+        return state
+
+    def _write(self, state: ClipState) -> None:
+        def write(ref: Any, value: Any) -> None:
+            ref[...] = value
+
+        jax.tree.map(write, self._refs, state)
+
+
+def _replicated(params: PyTree) -> Any:
+    """Where a small array belongs next to `params`: a copy on each of their devices, if known."""
+    for leaf in jax.tree.leaves(params):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            sharding = leaf.sharding
+            if isinstance(sharding, NamedSharding):
+                return NamedSharding(sharding.mesh, PartitionSpec())
+            return sharding if sharding.num_devices == 1 else None
+    return None
+
+
+def to_python(value: Any) -> Any:
+    """A scalar as a Python value, if it has one."""
+    return value if isinstance(value, jax.core.Tracer) else np.asarray(value).item()

@@ -1,0 +1,314 @@
+"""`AutoClip`, `AGC` and `ZScoreClip`: the classes of smartclip's JAX guide, on our rules.
+
+They take smartclip's arguments. Where smartclip computes what it says, so do they; where it does
+not, docs/migrating.md has a table of what changes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from optax_smartclip.clippers.agc import agc
+from optax_smartclip.clippers.autoclip import AUTO_WINDOW, fence_rule, percentile_rule
+from optax_smartclip.clippers.zscore_clip import zscore_rule
+from optax_smartclip.engine import checks
+from optax_smartclip.engine.groups import assign_groups
+from optax_smartclip.engine.norms import LARGEST, Norms, as_float32, by_leaf, group_norms
+from optax_smartclip.engine.rule import RuleState, ThresholdRule, clip_by_rule
+from optax_smartclip.engine.states import ClipState
+from optax_smartclip.engine.trees import PyTree, flatten
+from optax_smartclip.histories.geometric_quantile import geometric_quantile
+from optax_smartclip.histories.ring_buffer import ring_buffer
+from optax_smartclip.stateful.clipper import StatefulClipper, to_python
+from optax_smartclip.stateful.saved import Key
+
+# The weight norm that AGC assumes at least, as in its paper: with smartclip's 1e-8, weights that
+# start at zero could never grow.
+_MIN_WEIGHT_NORM = 1e-3
+
+
+class HistoryClipper(StatefulClipper):
+    """What `AutoClip` and `ZScoreClip` share: a threshold that they have learnt."""
+
+    def _rule(self) -> tuple[ThresholdRule, Callable[[RuleState], Norms]]:
+        """The rule, and what it has learnt so far: state -> thresholds."""
+        raise NotImplementedError
+
+    def _build(self) -> tuple[Callable[[int], Any], optax.GradientTransformationExtraArgs]:
+        rule, learnt = self._rule()
+        self._learnt, self._threshold = learnt, rule.threshold
+
+        def threshold(state: RuleState, norms: Norms) -> Norms:
+            return jnp.maximum(rule.threshold(state, norms), self.eps)
+
+        return rule.init, clip_by_rule(rule._replace(threshold=threshold), **self._shared_options)
+
+    def _limits(
+        self, state: ClipState, norms: Norms, grads: PyTree, params: PyTree
+    ) -> dict[str, Array]:
+        del grads, params
+        return {"threshold": self._readable(self._threshold(state.rule, norms))}
+
+    def _readable(self, thresholds: Norms) -> Norms:
+        # Histories that know nothing say so with the largest number.
+        known = thresholds < LARGEST
+        return jnp.where(known, jnp.maximum(thresholds, self.eps), jnp.inf)
+
+    def threshold(self, key: Key | None = None) -> Any:
+        """What has been learnt about a group: the threshold, were warm-up over.
+
+        Args:
+            key: `("global",)`, which is the default, `("layer", path)` or `("param", path)`; the
+                place of the group, as in `("param", "0")`, is understood, too.
+
+        Returns:
+            A float (while a step is traced, a traced scalar); `eps` if no norm was observed yet.
+
+        Raises:
+            ValueError: If there is no such group.
+        """
+        state = self._state()
+        if state is None:
+            return self.eps
+        group = self._group(("global",) if key is None else key)
+        learnt = self._readable(self._learnt(state.rule))[group]
+        return to_python(jnp.where(state.num_observed[group] > 0, learnt, self.eps))
+
+    def threshold_any(self) -> Any:
+        """The threshold of the only group there is; `eps` if there are several."""
+        return self.threshold(self._keys[0]) if len(self._keys) == 1 else self.eps
+
+    def _group(self, key: Key) -> int:
+        if key in self._keys:
+            return self._keys.index(key)
+        places = {(*known[:-1], str(place)): place for place, known in enumerate(self._keys)}
+        if key not in places or self.scope == "global":
+            raise ValueError(f"`key` must be one of {self._keys}, got {key!r}.")
+        return places[key]
+
+
+class AutoClip(HistoryClipper):
+    """`autoclip` with a state of its own, and the arguments of smartclip's class.
+
+    Args:
+        mode: `"auto"`, as `autoclip()`: only outliers are clipped, at the fence of the box plot of
+            the last 112 norms; or `"percentile"`, as `autoclip(percentile)`.
+        percentile: In [0, 100]. For the mode "percentile" only, as are the next three.
+        history: `"window"`, exact over the last `window_size` norms; or `"ema"`, one number that
+            each norm moves by a fixed factor (`geometric_quantile`).
+        ema_decay: How slowly that number moves, in (0, 1): its rate is `1 - ema_decay`.
+        window_size: In steps.
+        scope: Which leaves share one norm: `"global"` (all), `"per_layer"` (those with the same
+            parent path) or `"per_param"` (none).
+        warmup_steps: With which norm clipping starts: the 100th by default, that which is to be
+            judged among them.
+        min_history: The same; the larger of both counts.
+        eps: Norms up to this are never clipped.
+        guard_nans: Whether a gradient with a NaN or Inf norm becomes zeros; else it passes as it
+            is. It is never learnt from.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_smartclip as smartclip
+        >>> clipper = smartclip.AutoClip(mode="percentile", percentile=50, history="window",
+        ...                              warmup_steps=2, min_history=0)
+        >>> for norm in [1.0, 2.0, 10.0]:
+        ...     clipped = smartclip.apply_grads(jnp.array([0.6, 0.8]) * norm, None, clipper)
+        >>> print(clipped, clipper.threshold())
+        [1.2 1.6] 2.0
+    """
+
+    algo = "autoclip"
+
+    def __init__(
+        self,
+        *,
+        mode: str = "auto",
+        percentile: Any = 95.0,
+        history: str = "ema",
+        ema_decay: Any = 0.99,
+        window_size: int = 1024,
+        scope: str = "global",
+        warmup_steps: Any = 100,
+        min_history: Any = 50,
+        eps: Any = 1e-8,
+        guard_nans: bool = True,
+    ) -> None:
+        checks.check_choice("mode", mode, ("auto", "percentile"))
+        checks.check_number("percentile", percentile, 0.0, 100.0, allowed="in [0, 100]")
+        checks.check_choice("history", history, ("ema", "window"))
+        check_decay(ema_decay)
+        ring_buffer(window_size)
+        super().__init__(
+            mode=mode,
+            percentile=percentile,
+            history=history,
+            ema_decay=ema_decay,
+            window_size=window_size,
+            scope=scope,
+            warmup_steps=warmup_steps,
+            min_history=min_history,
+            eps=eps,
+            guard_nans=guard_nans,
+        )
+
+    def _rule(self) -> tuple[ThresholdRule, Callable[[RuleState], Norms]]:
+        arguments, percentile = self._arguments, self._arguments["percentile"]
+        if arguments["mode"] == "auto":
+            return rule_of_past_norms(fence_rule(ring_buffer(AUTO_WINDOW)))
+        history = (
+            ring_buffer(arguments["window_size"])
+            if arguments["history"] == "window"
+            else geometric_quantile(1 - arguments["ema_decay"])
+        )
+        rule = percentile_rule(history, percentile)
+        return rule, lambda state: history.percentile(state, percentile)
+
+
+class ZScoreClip(HistoryClipper):
+    """`zscore_clip` with a state of its own, and the arguments of smartclip's class.
+
+    Args:
+        zmax: Standard deviations above the mean at which to clip, > 0.
+        ema_decay: Of the moving averages per step, in (0, 1).
+        scope: As in `AutoClip`, and so are the others.
+        warmup_steps: See `AutoClip`.
+        min_history: See `AutoClip`.
+        eps: See `AutoClip`.
+        guard_nans: See `AutoClip`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_smartclip as smartclip
+        >>> clipper = smartclip.ZScoreClip(zmax=2.0)
+        >>> for norm in [1.0, 3.0] * 200 + [1000.0]:  # mean 2, standard deviation 1
+        ...     clipped = smartclip.apply_grads(jnp.array([norm]), None, clipper)
+        >>> print(clipped.round(1))
+        [4.]
+    """
+
+    algo = "zscore"
+
+    def __init__(
+        self,
+        *,
+        zmax: Any = 3.0,
+        ema_decay: Any = 0.99,
+        scope: str = "global",
+        warmup_steps: Any = 100,
+        min_history: Any = 50,
+        eps: Any = 1e-8,
+        guard_nans: bool = True,
+    ) -> None:
+        checks.check_number("zmax", zmax, 0.0, float("inf"), allowed="positive", strict_low=True)
+        check_decay(ema_decay)
+        super().__init__(
+            zmax=zmax,
+            ema_decay=ema_decay,
+            scope=scope,
+            warmup_steps=warmup_steps,
+            min_history=min_history,
+            eps=eps,
+            guard_nans=guard_nans,
+        )
+
+    def _rule(self) -> tuple[ThresholdRule, Callable[[RuleState], Norms]]:
+        return rule_of_past_norms(
+            zscore_rule(self._arguments["zmax"], self._arguments["ema_decay"])
+        )
+
+
+class AGC(StatefulClipper):
+    """`agc` by whole parameters, called like smartclip's class and with its arguments.
+
+    A gradient is cut to `clipping * max(norm of the weights, 1e-3)`. For the paper's clipping by
+    units, which works better, use `optax_smartclip.agc` in an `optax.chain`.
+
+    Args:
+        clipping: The largest ratio of gradient norm to weight norm, > 0.
+        exclude_bias_bn: Whether leaves of rank 0 and 1 are left alone.
+        scope: See `AutoClip`.
+        warmup_steps: See `AutoClip`; 0 by default.
+        min_history: See `AutoClip`; 0 by default.
+        eps: See `AutoClip`.
+        guard_nans: See `AutoClip`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_smartclip as smartclip
+        >>> params = {"kernel": jnp.eye(4), "bias": jnp.zeros(4)}  # the kernel has norm 2
+        >>> grads = {"kernel": jnp.eye(4), "bias": jnp.ones(4)}
+        >>> print(smartclip.apply_grads(grads, params, smartclip.AGC(clipping=0.5))["kernel"][0])
+        [0.5 0.  0.  0. ]
+    """
+
+    algo = "agc"
+
+    def __init__(
+        self,
+        *,
+        clipping: Any = 0.01,
+        exclude_bias_bn: bool = True,
+        scope: str = "per_layer",
+        eps: Any = 1e-8,
+        warmup_steps: Any = 0,
+        min_history: Any = 0,
+        guard_nans: bool = True,
+    ) -> None:
+        agc(clipping)
+        super().__init__(
+            clipping=clipping,
+            exclude_bias_bn=bool(exclude_bias_bn),
+            scope=scope,
+            eps=eps,
+            warmup_steps=warmup_steps,
+            min_history=min_history,
+            guard_nans=guard_nans,
+        )
+
+    def _build(self) -> tuple[Callable[[int], Any], optax.GradientTransformationExtraArgs]:
+        # Here `eps` is the least threshold, and there it is the least weight norm.
+        self._min_weight_norm = max(_MIN_WEIGHT_NORM, self.eps / self._arguments["clipping"])
+        options = {"eps": self._min_weight_norm, **self._shared_options}
+        return lambda groups: optax.EmptyState(), agc(self._arguments["clipping"], **options)
+
+    def _covers(self, leaf: Any) -> bool:
+        vector = self._arguments["exclude_bias_bn"] and jnp.ndim(leaf) <= 1
+        return super()._covers(leaf) and not vector
+
+    def _limits(
+        self, state: ClipState, norms: Norms, grads: PyTree, params: PyTree
+    ) -> dict[str, Array]:
+        weights = {path: leaf for path, leaf in flatten(params).items() if path in flatten(grads)}
+        number = assign_groups(self.scope, params).number
+        partition = by_leaf([number[path] for path in weights], norms.size)
+        weight_norms = group_norms([jnp.asarray(leaf) for leaf in weights.values()], partition)
+        least = as_float32(self._min_weight_norm)
+        target = as_float32(self._arguments["clipping"]) * jnp.maximum(weight_norms, least)
+        return {"weight_norm": weight_norms, "target": target}
+
+
+def check_decay(ema_decay: Any) -> None:
+    """Raises ValueError unless it is in (0, 1)."""
+    checks.check_number(
+        "ema_decay", ema_decay, 0.0, 1.0, allowed="in (0, 1)", strict_low=True, strict_high=True
+    )
+
+
+def rule_of_past_norms(
+    rule: ThresholdRule,
+) -> tuple[ThresholdRule, Callable[[RuleState], Norms]]:
+    """A rule of which the threshold does not depend on the norms to be judged, and what it is."""
+    return rule, lambda state: rule.threshold(state, jnp.zeros((), jnp.float32))

@@ -1,0 +1,103 @@
+"""A stateful clipper as JSON: its arguments, the keys of its groups, and its state.
+
+The layout is that of smartclip's `state_dict`: what all clippers share at the top, the rest under
+the algorithm's name. Only what stands under `state` is ours.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from optax_smartclip.engine.states import ClipState
+from optax_smartclip.engine.trees import flatten, path_name
+
+Key = tuple[str, ...]
+
+_SHARED = ("scope", "eps", "guard_nans")
+_GATE = ("warmup_steps", "min_history")
+
+
+class Saved(NamedTuple):
+    """What is saved of a clipper.
+
+    Attributes:
+        arguments: Those of its constructor.
+        keys: One for each group, none before the first step.
+        state: Its state; None before the first step. Read from JSON, a nested list for each leaf,
+            by name.
+    """
+
+    arguments: dict[str, Any]
+    keys: tuple[Key, ...]
+    state: Any
+
+
+def to_json(algo: str, saved: Saved) -> dict[str, Any]:
+    """The state dict: dictionaries, lists, strings, bools and numbers."""
+    arguments = dict(saved.arguments)
+    shared = {name: arguments.pop(name) for name in _SHARED}
+    gate = {name: arguments.pop(name) for name in _GATE}
+    own = arguments | {"keys": [list(key) for key in saved.keys], "state": None}
+    counts = {"steps": 0, "observations": 0}
+    if saved.state is not None:
+        own["state"] = {name: _to_list(leaf) for name, leaf in _by_name(saved.state).items()}
+        counts = {
+            "steps": int(np.max(saved.state.last.num_steps)),
+            "observations": int(np.max(saved.state.num_observed)),
+        }
+    return shared | {"gate": gate | counts, algo: own}
+
+
+def from_json(algo: str, state: Mapping[str, Any], names: Any) -> Saved:
+    """Reads a state dict of the clipper `algo`, whose constructor has arguments of these `names`.
+
+    Raises:
+        ValueError: If something is missing.
+    """
+    try:
+        arguments = {**state[algo], **state["gate"], **state}
+        return Saved(
+            arguments={name: arguments[name] for name in names},
+            keys=tuple(tuple(key) for key in state[algo]["keys"]),
+            state=state[algo]["state"],
+        )
+    except KeyError as error:
+        raise ValueError(
+            f"`state` must be what `state_dict()` of the same class returned: {error} is missing."
+        ) from None
+
+
+def restore(template: ClipState, lists: Mapping[str, Any]) -> ClipState:
+    """The saved state, with the structure, shapes and dtypes of `template`, as NumPy arrays.
+
+    Raises:
+        ValueError: If a leaf is missing or has another shape.
+    """
+
+    def leaf(name: str, like: Any) -> np.ndarray:
+        array = np.asarray(lists.get(name), object)
+        if array.shape != like.shape:
+            raise ValueError(
+                f"`state` must have {name!r} of shape {like.shape}, got {array.shape}."
+            )
+        return array.astype(like.dtype)
+
+    leaves = [leaf(name, like) for name, like in _by_name(template).items()]
+    restored: ClipState = jax.tree.unflatten(jax.tree.structure(template), leaves)
+    return restored
+
+
+def _by_name(state: ClipState) -> dict[str, Any]:
+    return {path_name(path): leaf for path, leaf in flatten(state).items()}
+
+
+def _to_list(leaf: Any) -> Any:
+    """Nested lists; a float32 is exact as a Python float, and a string where JSON has none."""
+    array = np.asarray(leaf)
+    values = array.astype(object)
+    if np.issubdtype(array.dtype, np.floating):
+        odd = ~np.isfinite(array)
+        values[odd] = array[odd].astype(str)
+    return values.tolist()
