@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from optax_smartclip.engine.states import ClipState
 from optax_smartclip.engine.trees import KeyPath, PyTree, path_name
@@ -15,10 +15,11 @@ def graft(saved: PyTree, opt_state: PyTree) -> PyTree:
     """Puts everything but the clippers of a saved optimizer state into a new one.
 
     For a run that goes on with another clipper in its chain than it was saved with, with one more
-    or with none. Leaves are recognised by the names on their paths (`mu`, `kernel`), in order where
-    these are equal, not by their place in the chain, so that `saved` may be a state of its own type
-    or the lists and dictionaries of a checkpoint that was restored without a target. A clipper that
-    `saved` has, too, with the same fields and shapes, goes on where it was; any other starts anew.
+    or with none. Leaves are recognised by the names on their paths (`mu`, `kernel`), and those of
+    equal names by their order: a number is no name, because a link more or less in a chain moves
+    the others. So `saved` may be a state of its own type, or the lists and dictionaries of a
+    checkpoint that was restored without a target. A clipper that `saved` has under the same names,
+    with the same fields and shapes, goes on where it was; any other starts anew.
 
     Args:
         saved: The optimizer state of the run so far.
@@ -43,60 +44,91 @@ def graft(saved: PyTree, opt_state: PyTree) -> PyTree:
         >>> print(optax.tree.get(opt_state, "trace"))
         {'w': Array([3., 4.], dtype=float32)}
     """
-    clippers, leaves = [], defaultdict(list)
-    for path, node in jax.tree_util.tree_leaves_with_path(saved, is_leaf=_is_clip_state):
-        if _is_clip_state(node):
-            clippers.append(node)
-        else:
-            leaves[_names(path)].append((path, node))
+    candidates = defaultdict(list)
+    for path, node in _in_order(saved):
+        candidates[_names(path), _clipper_fields(node)].append((path, node))
 
-    def counterpart(path: KeyPath, node: Any) -> Any:
-        if _is_clip_state(node):
-            same = [clipper for clipper in clippers if _fields(clipper) == _fields(node)]
-            if not same:
-                return node
-            clippers[:] = [clipper for clipper in clippers if clipper is not same[0]]
-            return jax.tree.unflatten(jax.tree.structure(node), _in_order(same[0], node))
-        if not leaves[_names(path)]:
+    counterparts = []
+    template = _in_order(opt_state)
+    for path, node in template:
+        fields = _clipper_fields(node)
+        same_names = candidates[_names(path), fields]
+        if fields is not None:
+            clipper = same_names.pop(0)[1] if same_names else node
+            counterparts.append(_rebuild(clipper, node))
+            continue
+        if not same_names:
             raise ValueError(f"`saved` has nothing for {path_name(path)!r} of `opt_state`.")
-        saved_path, leaf = leaves[_names(path)].pop(0)
+        saved_path, leaf = same_names.pop(0)
         if _kind(leaf) != _kind(node):
             raise ValueError(
                 f"`saved` must have {path_name(saved_path)!r} with shape and dtype {_kind(node)}, "
                 f"as `opt_state` has, got {_kind(leaf)}."
             )
-        return leaf
+        counterparts.append(leaf)
 
-    grafted = jax.tree_util.tree_map_with_path(counterpart, opt_state, is_leaf=_is_clip_state)
-    unused = [path_name(path) for same_name in leaves.values() for path, _ in same_name]
+    unused = [
+        path_name(path)
+        for (_, fields), nodes in candidates.items()
+        for path, _ in nodes
+        if fields is None
+    ]
     if unused:
         raise ValueError(f"`opt_state` has no place for {unused} of `saved`.")
-    return grafted
+    by_path = {path: node for (path, _), node in zip(template, counterparts, strict=True)}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: by_path[path], opt_state, is_leaf=_is_clipper
+    )
 
 
-def _is_clip_state(node: Any) -> bool:
-    """Whether a node is a clipper's state, or the dictionary that became of one."""
-    untyped = isinstance(node, Mapping) and {"num_observed", "last"} <= set(node)
-    return untyped or isinstance(node, ClipState)
+def _in_order(tree: PyTree) -> list[tuple[KeyPath, Any]]:
+    """Leaves and clippers with their paths; the tenth layer behind the ninth, also by its name."""
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_clipper)
+    return sorted(nodes, key=lambda item: [_natural(name) for name in _parts(item[0])])
+
+
+def _natural(name: str) -> tuple[int, str]:
+    return (int(name), "") if name.isdecimal() else (-1, name)
+
+
+def _parts(path: KeyPath) -> list[str]:
+    return path_name(path).split("/")
 
 
 def _names(path: KeyPath) -> tuple[str, ...]:
     """A path without places in a sequence, which a link more or less in a chain would move."""
-    return tuple(name for name in path_name(path).split("/") if not name.isdigit())
+    return tuple(name for name in _parts(path) if not name.isdecimal())
 
 
-def _kind(leaf: Any) -> tuple[tuple[int, ...], str]:
-    return jnp.shape(leaf), str(jnp.asarray(leaf).dtype)
+def _is_clipper(node: Any) -> bool:
+    """Whether a node is a clipper's state, or the dictionary that became of one.
+
+    Or either within another state, as of `inject_hyperparams`.
+    """
+    if isinstance(node, ClipState):
+        return True
+    fields = node._asdict() if hasattr(node, "_asdict") else node
+    if not isinstance(fields, Mapping):
+        return False
+    return {"num_observed", "last"} <= fields.keys() or _is_clipper(fields.get("inner_state"))
+
+
+def _clipper_fields(node: Any) -> frozenset[Any] | None:
+    """Names, shapes and dtypes of what a clipper consists of; None for anything else."""
+    if not _is_clipper(node):
+        return None
+    return frozenset((name, *_kind(leaf)) for name, leaf in _by_name(node).items())
+
+
+def _rebuild(clipper: Any, like: Any) -> Any:
+    leaves = _by_name(clipper)
+    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in _by_name(like)])
 
 
 def _by_name(clipper: Any) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(clipper)}
 
 
-def _fields(clipper: Any) -> dict[str, Any]:
-    return {name: _kind(leaf) for name, leaf in _by_name(clipper).items()}
-
-
-def _in_order(clipper: Any, like: Any) -> list[Any]:
-    leaves = _by_name(clipper)
-    return [leaves[name] for name in _by_name(like)]
+def _kind(leaf: Any) -> tuple[tuple[int, ...], str]:
+    array = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+    return tuple(array.shape), str(array.dtype)

@@ -6,11 +6,13 @@ Inside or outside `jit`:
     optax.tree.get(opt_state, "grad_norm")
 """
 
+import contextlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import export
 from jaxtyping import Array, Bool, Float32, Int32
 
 from optax_smartclip.engine.norms import Norms
@@ -42,6 +44,13 @@ class ClipMetrics(NamedTuple):
     num_steps: Int32[Array, " *groups"]
     num_clipped: Int32[Array, " *groups"]
     num_nonfinite: Int32[Array, " *groups"]
+
+
+# A name can be registered once: in a module that is loaded anew, the first class keeps it.
+with contextlib.suppress(ValueError):
+    export.register_namedtuple_serialization(
+        ClipMetrics, serialized_name=f"{__name__}.{ClipMetrics.__qualname__}"
+    )
 
 
 def init_metrics(num_groups: int) -> ClipMetrics:

@@ -178,9 +178,10 @@ def check_num_groups(state: ClipState, num_groups: int) -> None:
     """Raises ValueError if a state was initialised for another number of groups."""
     if state.num_observed.shape != (num_groups,):
         raise ValueError(
-            f"The gradient falls into {num_groups} groups, but `init` was called with "
-            f"parameters of {state.num_observed.shape[0]}. If leaves of the gradient are "
-            "None where the parameters are not, pass `params` to `update`."
+            f"The state must have 'num_observed' of shape {(num_groups,)}, one entry for each "
+            f"group of the gradient, got {state.num_observed.shape}. Groups are those of the "
+            "parameters that `init` was called with. If leaves of the gradient are None where "
+            "the parameters are not, pass `params` to `update`."
         )
 
 

@@ -1,4 +1,4 @@
-"""How states are declared: frozen chex dataclasses that Flax can serialize, too.
+"""How states are declared: frozen chex dataclasses that Flax and `jax.export` can serialize, too.
 
 A clipper's state is a `ClipState`; what its rule remembers is a dataclass of the rule's own,
 declared with `@state`:
@@ -8,13 +8,16 @@ declared with `@state`:
         mean: Norms
 """
 
+import contextlib
 import dataclasses
+import json
 import sys
 from typing import Any, TypeVar, dataclass_transform
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax import export
 from jaxtyping import Array, Int32
 
 from optax_smartclip.engine.metrics import ClipMetrics, init_metrics
@@ -38,6 +41,14 @@ def state(cls: type[T]) -> type[T]:
     """
     declared: type[T] = chex.dataclass(cls, frozen=True, kw_only=True, mappable_dataclass=False)
     _declared.append(declared)
+    # A name can be registered once: in a module that is loaded anew, the first class keeps it.
+    with contextlib.suppress(ValueError):
+        export.register_pytree_node_serialization(
+            declared,
+            serialized_name=f"{cls.__module__}.{cls.__qualname__}",
+            serialize_auxdata=lambda names: json.dumps(names).encode(),
+            deserialize_auxdata=lambda names: tuple(json.loads(names)),
+        )
     return declared
 
 

@@ -22,7 +22,7 @@ from optax_smartclip.engine.states import state
 from optax_smartclip.histories.history import NormHistory, Percentile
 
 # 100 times a place in the buffer must fit into int32.
-_MAX_SIZE = 2**24
+MAX_SIZE = 2**24
 
 
 @state
@@ -68,7 +68,7 @@ def ring_buffer(size: int) -> NormHistory:
         >>> history.percentile(state, 50.0), history.percentile(state, 25.0)
         (Array([2.], dtype=float32), Array([1.5], dtype=float32))
     """
-    checks.check_size("size", size, _MAX_SIZE)
+    checks.check_size("size", size, MAX_SIZE)
 
     def init(num_groups: int) -> RingBufferState:
         return RingBufferState(

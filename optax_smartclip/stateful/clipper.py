@@ -76,6 +76,9 @@ class StatefulClipper:
     algo: ClassVar[str]
 
     def __init__(self, **arguments: Any) -> None:
+        for name, value in arguments.items():
+            if np.ndim(value) > 0:
+                raise ValueError(f"`{name}` must be a single value, got {value!r}.")
         arguments = {name: to_python(value) for name, value in arguments.items()}
         gate = {name: arguments[name] for name in ("warmup_steps", "min_history")}
         for name, steps in gate.items():
@@ -223,7 +226,7 @@ class StatefulClipper:
             norms = last.grad_norm.reshape(state.num_observed.shape)
             record = {
                 "grad_norm": norms,
-                **self._limits(state, jnp.where(jnp.isfinite(norms), norms, 0.0), grads, params),
+                **self._limits(state, norms, grads, params),
                 "scale": last.clip_scale,
                 "clipped": last.clipped,
             }

@@ -7,6 +7,7 @@ not, docs/migrating.md has a table of what changes.
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
@@ -21,7 +22,7 @@ from optax_smartclip.engine.rule import RuleState, ThresholdRule, clip_by_rule
 from optax_smartclip.engine.states import ClipState
 from optax_smartclip.engine.trees import PyTree, flatten
 from optax_smartclip.histories.geometric_quantile import geometric_quantile
-from optax_smartclip.histories.ring_buffer import ring_buffer
+from optax_smartclip.histories.ring_buffer import MAX_SIZE, ring_buffer
 from optax_smartclip.stateful.clipper import StatefulClipper, to_python
 from optax_smartclip.stateful.saved import Key
 
@@ -50,7 +51,10 @@ class HistoryClipper(StatefulClipper):
         self, state: ClipState, norms: Norms, grads: PyTree, params: PyTree
     ) -> dict[str, Array]:
         del grads, params
-        return {"threshold": self._readable(self._threshold(state.rule, norms))}
+        finite = jnp.isfinite(norms)
+        limits = self._threshold(state.rule, jnp.where(finite, norms, 0.0))
+        # What is no norm judges nothing, and the rule must not take the zero for one.
+        return {"threshold": self._readable(jnp.where(finite, limits, self._learnt(state.rule)))}
 
     def _readable(self, thresholds: Norms) -> Norms:
         # Histories that know nothing say so with the largest number.
@@ -140,11 +144,6 @@ class AutoClip(HistoryClipper):
         eps: Any = 1e-8,
         guard_nans: bool = True,
     ) -> None:
-        checks.check_choice("mode", mode, ("auto", "percentile"))
-        checks.check_number("percentile", percentile, 0.0, 100.0, allowed="in [0, 100]")
-        checks.check_choice("history", history, ("ema", "window"))
-        check_decay(ema_decay)
-        ring_buffer(window_size)
         super().__init__(
             mode=mode,
             percentile=percentile,
@@ -160,6 +159,11 @@ class AutoClip(HistoryClipper):
 
     def _rule(self) -> tuple[ThresholdRule, Callable[[RuleState], Norms]]:
         arguments, percentile = self._arguments, self._arguments["percentile"]
+        checks.check_choice("mode", arguments["mode"], ("auto", "percentile"))
+        checks.check_number("percentile", percentile, 0.0, 100.0, allowed="in [0, 100]")
+        checks.check_choice("history", arguments["history"], ("ema", "window"))
+        check_decay(arguments["ema_decay"])
+        checks.check_size("window_size", arguments["window_size"], MAX_SIZE)
         if arguments["mode"] == "auto":
             return rule_of_past_norms(fence_rule(ring_buffer(AUTO_WINDOW)))
         history = (
@@ -209,8 +213,6 @@ class ZScoreClip(HistoryClipper):
         eps: Any = 1e-8,
         guard_nans: bool = True,
     ) -> None:
-        checks.check_number("zmax", zmax, 0.0, float("inf"), allowed="positive", strict_low=True)
-        check_decay(ema_decay)
         super().__init__(
             zmax=zmax,
             ema_decay=ema_decay,
@@ -222,9 +224,10 @@ class ZScoreClip(HistoryClipper):
         )
 
     def _rule(self) -> tuple[ThresholdRule, Callable[[RuleState], Norms]]:
-        return rule_of_past_norms(
-            zscore_rule(self._arguments["zmax"], self._arguments["ema_decay"])
-        )
+        zmax, ema_decay = self._arguments["zmax"], self._arguments["ema_decay"]
+        checks.check_number("zmax", zmax, 0.0, float("inf"), allowed="positive", strict_low=True)
+        check_decay(ema_decay)
+        return rule_of_past_norms(zscore_rule(zmax, ema_decay))
 
 
 class AGC(StatefulClipper):
@@ -267,7 +270,6 @@ class AGC(StatefulClipper):
         min_history: Any = 0,
         guard_nans: bool = True,
     ) -> None:
-        agc(clipping)
         super().__init__(
             clipping=clipping,
             exclude_bias_bn=bool(exclude_bias_bn),
@@ -279,10 +281,14 @@ class AGC(StatefulClipper):
         )
 
     def _build(self) -> tuple[Callable[[int], Any], optax.GradientTransformationExtraArgs]:
+        clipping = self._arguments["clipping"]
+        checks.check_number(
+            "clipping", clipping, 0.0, float("inf"), allowed="positive", strict_low=True
+        )
         # Here `eps` is the least threshold, and there it is the least weight norm.
-        self._min_weight_norm = max(_MIN_WEIGHT_NORM, self.eps / self._arguments["clipping"])
+        self._min_weight_norm = max(_MIN_WEIGHT_NORM, self.eps / clipping)
         options = {"eps": self._min_weight_norm, **self._shared_options}
-        return lambda groups: optax.EmptyState(), agc(self._arguments["clipping"], **options)
+        return lambda groups: optax.EmptyState(), agc(clipping, **options)
 
     def _covers(self, leaf: Any) -> bool:
         vector = self._arguments["exclude_bias_bn"] and jnp.ndim(leaf) <= 1
@@ -311,4 +317,8 @@ def rule_of_past_norms(
     rule: ThresholdRule,
 ) -> tuple[ThresholdRule, Callable[[RuleState], Norms]]:
     """A rule of which the threshold does not depend on the norms to be judged, and what it is."""
-    return rule, lambda state: rule.threshold(state, jnp.zeros((), jnp.float32))
+
+    def learnt(state: RuleState) -> Norms:
+        return rule.threshold(state, jnp.zeros(len(jax.tree.leaves(state)[0]), jnp.float32))
+
+    return rule, learnt

@@ -34,7 +34,9 @@ def apply_grads(
         on_metrics: Called with a `MetricsRecord`, a dict of Python values, once for each group and
             step: directly in eager steps, by an ordered host callback from compiled ones. What it
             raises ends an eager step as it is, and a compiled one as a `JaxRuntimeError` with its
-            traceback in the message. Without it, nothing in the program leaves the device.
+            traceback in the message; that step took the clipper's state with it, so go on with a
+            new clipper and the last `state_dict`. Without `on_metrics`, nothing in the program
+            leaves the device.
 
     Returns:
         The clipped gradient, with the structure and dtypes of `grads`.
@@ -129,9 +131,14 @@ def clip_context(
 
         return clipping_update
 
-    wrapped = optax.GradientTransformationExtraArgs(
-        optimizer.init, clip_before(optax.with_extra_args_support(optimizer).update)
-    )
+    # Looked up now: within the block, `update` is another.
+    update = optimizer.update
+    if isinstance(optimizer, optax.GradientTransformation) and not isinstance(
+        optimizer, optax.GradientTransformationExtraArgs
+    ):
+        plain = optax.GradientTransformation(optimizer.init, update)
+        update = optax.with_extra_args_support(plain).update
+    wrapped = optax.GradientTransformationExtraArgs(optimizer.init, clip_before(update))
     with _exchanged_update(optimizer, clip_before):
         yield wrapped
     # A step compiled in an earlier block with the same clipper clips without calling `update`.
@@ -171,19 +178,20 @@ def _exchange_class(optimizer: Any) -> None:
     original_update: Update = optimizer.update
     wrapped_by: list[Callable[[Update], Update]] = []
 
-    class Exchanged(type(optimizer), _Exchanged):  # type: ignore[misc]
-        __slots__ = ()
-        wraps = wrapped_by
-        original_class = type(optimizer)
-
-        @property
-        def update(self) -> Update:
-            return functools.reduce(lambda update, wrap: wrap(update), wrapped_by, original_update)
-
-    Exchanged.__name__ = type(optimizer).__name__
     try:
+
+        class Exchanged(type(optimizer), _Exchanged):  # type: ignore[misc]
+            __slots__ = ()
+            wraps = wrapped_by
+            original_class = type(optimizer)
+
+            @property
+            def update(self) -> Update:
+                return functools.reduce(lambda f, wrap: wrap(f), wrapped_by, original_update)
+
+        Exchanged.__name__ = type(optimizer).__name__
         object.__setattr__(optimizer, "__class__", Exchanged)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise TypeError(
             f"`optimizer` must be an object whose class can be exchanged, got {optimizer!r}. Use "
             "smartclip.autoclip() in an optax.chain instead."

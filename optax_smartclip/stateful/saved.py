@@ -15,6 +15,7 @@ from optax_smartclip.engine.trees import flatten, path_name
 
 Key = tuple[str, ...]
 
+_EXPECTED = "`state` must be what `state_dict()` of the same class returned"
 _SHARED = ("scope", "eps", "guard_nans")
 _GATE = ("warmup_steps", "min_history")
 
@@ -50,39 +51,50 @@ def to_json(algo: str, saved: Saved) -> dict[str, Any]:
     return shared | {"gate": gate | counts, algo: own}
 
 
-def from_json(algo: str, state: Mapping[str, Any], names: Any) -> Saved:
+def from_json(algo: str, state: Any, names: Any) -> Saved:
     """Reads a state dict of the clipper `algo`, whose constructor has arguments of these `names`.
 
     Raises:
-        ValueError: If something is missing.
+        ValueError: If something is missing, or it is something else.
     """
     try:
-        arguments = {**state[algo], **state["gate"], **state}
-        return Saved(
+        own = state[algo]
+        arguments = {**own, **state["gate"], **state}
+        saved = Saved(
             arguments={name: arguments[name] for name in names},
-            keys=tuple(tuple(key) for key in state[algo]["keys"]),
-            state=state[algo]["state"],
+            keys=tuple(tuple(key) for key in own["keys"]),
+            state=own["state"],
         )
     except KeyError as error:
-        raise ValueError(
-            f"`state` must be what `state_dict()` of the same class returned: {error} is missing."
-        ) from None
+        raise ValueError(f"{_EXPECTED}: {error} is missing.") from None
+    except (TypeError, AttributeError):
+        raise ValueError(f"{_EXPECTED}, got {state!r}.") from None
+    if not isinstance(saved.state, Mapping if saved.keys else type(None)):
+        raise ValueError(f"{_EXPECTED}, got keys {saved.keys} and {saved.state!r} as their state.")
+    return saved
 
 
 def restore(template: ClipState, lists: Mapping[str, Any]) -> ClipState:
     """The saved state, with the structure, shapes and dtypes of `template`, as NumPy arrays.
 
     Raises:
-        ValueError: If a leaf is missing or has another shape.
+        ValueError: If a leaf is missing, has another shape or is no numbers.
     """
 
     def leaf(name: str, like: Any) -> np.ndarray:
-        array = np.asarray(lists.get(name), object)
+        if name not in lists:
+            raise ValueError(f"`state` must have {name!r} of shape {like.shape}, but has none.")
+        array = np.asarray(lists[name], object)
         if array.shape != like.shape:
             raise ValueError(
                 f"`state` must have {name!r} of shape {like.shape}, got {array.shape}."
             )
-        return array.astype(like.dtype)
+        try:
+            return array.astype(like.dtype)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"`state` must have numbers for {name!r}, got {lists[name]!r}."
+            ) from None
 
     leaves = [leaf(name, like) for name, like in _by_name(template).items()]
     restored: ClipState = jax.tree.unflatten(jax.tree.structure(template), leaves)

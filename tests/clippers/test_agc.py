@@ -267,5 +267,5 @@ def test_a_state_of_other_groups_is_an_error():
     tx = smartclip.agc(scope="per_param")
     state = tx.init({"w": jnp.ones(2)})
     params = {"w": jnp.ones(2), "b": jnp.ones(2)}
-    with pytest.raises(ValueError, match=r"falls into 2 groups, but `init` .* of 1"):
+    with pytest.raises(ValueError, match=r"'num_observed' of shape \(2,\), .*, got \(1,\)"):
         tx.update(params, state, params)

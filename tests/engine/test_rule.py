@@ -290,7 +290,7 @@ def test_holes_in_the_gradient_alone_need_the_parameters():
     tx = smartclip.clip_by_rule(fixed(1.0), scope="per_param")
     state = tx.init(PARAMS)
     partial = {"a": None, "b": jnp.float32([0.0, 2.0])}
-    with pytest.raises(ValueError, match=r"1 groups, but `init` .* 2.* pass `params` to `update`"):
+    with pytest.raises(ValueError, match=r"\(1,\), .*, got \(2,\).* pass `params` to `update`"):
         tx.update(partial, state)
     updates, state = jax.jit(tx.update)(partial, state, PARAMS)
     assert updates["a"] is None
@@ -301,7 +301,7 @@ def test_holes_in_the_gradient_alone_need_the_parameters():
 
 def test_other_parameters_than_those_of_init_are_refused():
     tx = smartclip.clip_by_rule(fixed(1.0), scope="per_param")
-    with pytest.raises(ValueError, match=r"falls into 3 groups, but `init` was called with .* 2"):
+    with pytest.raises(ValueError, match=r"'num_observed' of shape \(3,\), .*, got \(2,\)"):
         tx.update(PARAMS | {"c": jnp.zeros(1)}, tx.init(PARAMS))
 
 

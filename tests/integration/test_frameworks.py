@@ -423,6 +423,15 @@ def test_fiddle_builds_the_optimizer_that_a_config_describes():
     assert_same(history, train_by_hand(PARAMS, AutoclipByHand(percentile=90.0), ADAMW))
 
 
+def test_fiddle_builds_a_clipper_by_itself():
+    tx = fdl.build(fdl.Config(smartclip.autoclip, percentile=90.0))
+    norms = [1.0, 2.0, 3.0, 100.0]
+    state = tx.init(jnp.zeros(1))
+    for norm in norms:
+        updates, state = tx.update(jnp.array([norm]), state)
+    np.testing.assert_allclose(updates, np.percentile(norms, 90.0), rtol=1e-6)
+
+
 def test_a_fiddle_config_can_be_changed_and_saved_as_json():
     config = optimizer_config()
     config[0].percentile = 25.0

@@ -54,7 +54,8 @@ def loop(update, state, place=lambda tree: tree):
     params = place(PARAMS)
     updates = []
     for grads in GRADS:
-        update_now, state = update(place(grads), state, params)
+        # Steps in flight together can starve each other of threads: devices outnumber the cores.
+        update_now, state = jax.block_until_ready(update(place(grads), state, params))
         updates.append(update_now)
     return updates, state
 

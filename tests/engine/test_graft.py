@@ -1,0 +1,361 @@
+"""Grafting: what the optimizer has learnt survives a change of clippers, and nothing is guessed."""
+
+import itertools
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import optax_smartclip as smartclip
+
+rng = np.random.default_rng(0)
+PARAMS = {
+    "bias": np.float32(rng.normal(size=3)),
+    "body": {"kernel": np.float32(rng.normal(size=(2, 3)))},
+}
+STEPS = 6
+
+
+def gradients(like=PARAMS, seed=1, spike=4):
+    """A stream in which no two leaves are the same, with one spike."""
+    draw = np.random.default_rng(seed)
+    return [
+        jax.tree.map(
+            lambda leaf, size=50.0 if step == spike else 1.0: np.float32(
+                size * draw.normal(size=np.shape(leaf))
+            ),
+            like,
+        )
+        for step in range(STEPS)
+    ]
+
+
+def run(tx, state=None, params=PARAMS, grads=None, compiled=False):
+    """The updates of all steps, and the last state. Uncompiled, so that equal is bit for bit."""
+    # Optax's Adam mixes dtypes.
+    with jax.numpy_dtype_promotion("standard"):
+        state = tx.init(params) if state is None else state
+        update = jax.jit(tx.update) if compiled else tx.update
+        updates = []
+        for grad in gradients(params) if grads is None else grads:
+            now, state = update(grad, state, params)
+            updates.append(now)
+    return updates, state
+
+
+def after(tx, params=PARAMS):
+    return run(tx, params=params)[1]
+
+
+def autoclip(size=4, percentile=90.0):
+    return smartclip.autoclip(percentile, history=smartclip.ring_buffer(size), warmup_steps=STEPS)
+
+
+def adam():
+    return optax.adam(0.1)
+
+
+def sgd():
+    return optax.sgd(0.1, momentum=0.9)
+
+
+def assert_close(actual, expected):
+    for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def assert_same(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def in_every_form(tree, folder):
+    """As it is, and as Flax and Orbax restore it where nobody knows its types."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "saved", tree)
+        checkpointer.wait_until_finished()
+        untyped = checkpointer.restore(folder / "saved")
+    return [
+        tree,
+        untyped,
+        flax.serialization.to_state_dict(tree),
+        flax.serialization.msgpack_restore(flax.serialization.to_bytes(tree)),
+    ]
+
+
+WITHOUT = {
+    "adam alone": (adam, lambda state: state),
+    "adam behind clip_by_global_norm": (
+        lambda: optax.chain(optax.clip_by_global_norm(1e3), adam()),
+        lambda state: state[1],
+    ),
+}
+
+
+@pytest.mark.parametrize(("old", "part"), WITHOUT.values(), ids=WITHOUT)
+def test_adam_keeps_its_moments_and_counts_when_a_clipper_is_put_before_it(old, part, tmp_path):
+    saved = after(old())
+    new = optax.chain(autoclip(), adam())
+    for form in in_every_form(saved, tmp_path):
+        grafted = smartclip.graft(form, new.init(PARAMS))
+        assert_same(grafted[0], autoclip().init(PARAMS))
+        assert_same(jax.tree.map(jnp.asarray, grafted[1]), part(saved))
+        assert optax.tree.get(grafted, "count") == STEPS
+
+
+def test_a_run_goes_on_as_before_until_its_new_clipper_is_warm():
+    saved = after(adam())
+    new = optax.chain(autoclip(), adam())
+    grads = gradients(seed=2)
+    expected, _ = run(adam(), saved, grads=grads)
+    updates, state = run(new, smartclip.graft(saved, new.init(PARAMS)), grads=grads)
+    assert_same(updates, expected)
+    assert state[0].last.num_clipped == 0
+    # Once warm, it does clip.
+    updates, state = run(new, state, grads=grads)
+    assert state[0].last.num_clipped > 0
+
+
+def test_another_clipper_starts_anew():
+    saved = after(optax.chain(smartclip.zscore_clip(), adam()))
+    grafted = smartclip.graft(saved, optax.chain(autoclip(), adam()).init(PARAMS))
+    assert_same(grafted, (autoclip().init(PARAMS), saved[1]))
+
+
+def test_a_clipper_can_be_left_out(tmp_path):
+    saved = after(optax.chain(autoclip(), adam()))
+    assert saved[0].num_observed == STEPS
+    for form in in_every_form(saved, tmp_path):
+        grafted = smartclip.graft(form, adam().init(PARAMS))
+        assert_same(jax.tree.map(jnp.asarray, grafted), saved[1])
+
+
+@pytest.mark.parametrize(
+    "clipper",
+    [
+        autoclip,
+        smartclip.zscore_clip,
+        smartclip.agc,
+        lambda: smartclip.autoclip(90.0, history=smartclip.geometric_quantile(), scope="per_param"),
+    ],
+    ids=["autoclip", "zscore_clip", "agc", "geometric_quantile per leaf"],
+)
+def test_the_same_clipper_goes_on_where_it_was_also_from_another_place(clipper, tmp_path):
+    _, saved = run(optax.chain(clipper(), sgd()), compiled=True)
+    assert np.all(saved[0].num_observed == STEPS)
+    new = optax.chain(optax.identity(), sgd(), clipper())
+    for form in in_every_form(saved, tmp_path):
+        grafted = smartclip.graft(form, new.init(PARAMS))
+        assert_same(jax.tree.map(jnp.asarray, grafted[1:]), (saved[1], saved[0]))
+
+
+def test_clippers_of_one_kind_go_on_in_their_order(tmp_path):
+    saved = after(optax.chain(autoclip(), sgd(), autoclip()))
+    # Else their order could not be seen.
+    assert not np.array_equal(saved[0].rule.ring, saved[2].rule.ring)
+    new = optax.chain(autoclip(), autoclip(), sgd())
+    for form in in_every_form(saved, tmp_path):
+        grafted = smartclip.graft(form, new.init(PARAMS))
+        assert_same(jax.tree.map(jnp.asarray, grafted), (saved[0], saved[2], saved[1]))
+
+
+def test_a_clipper_of_another_window_or_of_other_groups_starts_anew(tmp_path):
+    saved = after(optax.chain(autoclip(), sgd()))
+    others = [
+        autoclip(size=5),
+        smartclip.autoclip(90.0, history=smartclip.ring_buffer(4), scope="per_param"),
+    ]
+    for form, other in itertools.product(in_every_form(saved, tmp_path), others):
+        grafted = smartclip.graft(form, optax.chain(other, sgd()).init(PARAMS))
+        assert_same(grafted[0], other.init(PARAMS))
+        assert_same(jax.tree.map(jnp.asarray, grafted[1]), saved[1])
+
+
+WRAPPERS = {
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 4).gradient_transformation(),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "inject_hyperparams": lambda tx: optax.inject_hyperparams(
+        lambda rate: optax.chain(tx, optax.scale(rate))
+    )(rate=0.5),
+}
+
+
+def is_clipper(node):
+    return isinstance(node, type(smartclip.agc().init(PARAMS)))
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_within_a_wrapper_what_the_wrapper_counts_survives_as_well(wrap, tmp_path):
+    old = wrap(optax.chain(optax.clip(1e6), sgd()))
+    _, saved = run(old, compiled=True)
+    new = wrap(optax.chain(autoclip(), sgd()))
+    for form in in_every_form(saved, tmp_path):
+        grafted = smartclip.graft(form, new.init(PARAMS))
+        assert jax.tree.structure(grafted) == jax.tree.structure(new.init(PARAMS))
+        nodes = jax.tree.leaves(grafted, is_leaf=is_clipper)
+        assert_same(list(filter(is_clipper, nodes)), [autoclip().init(PARAMS)])
+        others = [jnp.asarray(node) for node in nodes if not is_clipper(node)]
+        assert_same(others, jax.tree.leaves(saved))
+    # MultiSteps, for one, is in the middle of its accumulation.
+    grads = gradients(seed=2, spike=None)
+    expected, _ = run(old, saved, grads=grads, compiled=True)
+    updates, _ = run(new, grafted, grads=grads, compiled=True)
+    assert_close(updates, expected)
+
+
+def test_a_leaf_of_another_shape_or_dtype_is_refused_by_its_name():
+    new = optax.chain(autoclip(), sgd())
+    saved = after(sgd())
+    longer = PARAMS | {"body": {"kernel": np.zeros((2, 4), np.float32)}}
+    with pytest.raises(ValueError, match="'0/trace/body/kernel'") as error:
+        smartclip.graft(saved, new.init(longer))
+    assert "((2, 4), 'float32')" in str(error.value)
+    assert "got ((2, 3), 'float32')" in str(error.value)
+    half = PARAMS | {"bias": PARAMS["bias"].astype(np.float16)}
+    with pytest.raises(ValueError, match="'0/trace/bias'") as error:
+        smartclip.graft(saved, new.init(half))
+    assert "((3,), 'float16')" in str(error.value)
+    assert "got ((3,), 'float32')" in str(error.value)
+
+
+def test_a_leaf_without_a_counterpart_is_refused_by_its_name_in_either_direction():
+    with pytest.raises(ValueError, match="`saved` has nothing for '1/0/trace/bias'"):
+        smartclip.graft(after(adam()), optax.chain(autoclip(), sgd()).init(PARAMS))
+    with pytest.raises(ValueError, match="`opt_state` has no place for") as error:
+        smartclip.graft(after(adam()), optax.chain(autoclip(), optax.sgd(0.1)).init(PARAMS))
+    for name in ("0/count", "0/mu/bias", "0/nu/body/kernel"):
+        assert repr(name) in str(error.value)
+    more = PARAMS | {"scale": np.ones(3, np.float32)}
+    with pytest.raises(ValueError, match="has nothing for '0/trace/scale'"):
+        smartclip.graft(after(sgd()), sgd().init(more))
+    with pytest.raises(ValueError, match=r"has no place for \['0/trace/scale'\]"):
+        smartclip.graft(after(sgd(), more), sgd().init(PARAMS))
+
+
+def test_neither_state_is_changed(tmp_path):
+    saved = after(optax.chain(autoclip(), sgd()))
+    fresh = optax.chain(sgd(), autoclip(), smartclip.zscore_clip()).init(PARAMS)
+    for form in in_every_form(saved, tmp_path):
+        before = [jax.tree.map(np.array, tree) for tree in (form, fresh)]
+        smartclip.graft(form, fresh)
+        assert_same([form, fresh], before)
+
+
+def test_under_jit_and_eval_shape_it_is_what_it_is_outside():
+    saved = after(optax.chain(autoclip(), sgd()))
+    fresh = optax.chain(sgd(), autoclip(), smartclip.agc()).init(PARAMS)
+    expected = smartclip.graft(saved, fresh)
+    assert_same(jax.jit(smartclip.graft)(saved, fresh), expected)
+    shapes = jax.eval_shape(smartclip.graft, saved, fresh)
+    assert jax.tree.structure(shapes) == jax.tree.structure(expected)
+
+
+def test_shapes_are_enough_where_the_new_state_is_not_made_yet():
+    saved = after(optax.chain(autoclip(), sgd()))
+    new = optax.chain(sgd(), autoclip())
+    shapes = jax.eval_shape(new.init, PARAMS)
+    assert_same(smartclip.graft(saved, shapes), smartclip.graft(saved, new.init(PARAMS)))
+
+
+def test_float64_is_not_taken_for_float32():
+    saved = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), after(sgd()))
+    with pytest.raises(ValueError, match=r"'float32'\), as `opt_state` has, got .*'float64'"):
+        smartclip.graft(saved, sgd().init(PARAMS))
+
+
+NUMBERED = {
+    "two shapes": {"0": np.zeros(3, np.float32), "1": np.zeros((2, 2), np.float32)},
+    "one shape": {"0": np.zeros(3, np.float32), "1": np.zeros(3, np.float32)},
+    "a list": [np.zeros(3, np.float32), np.zeros(3, np.float32)],
+    # Among strings, "10" comes before "2".
+    "a long list": [np.zeros(2, np.float32)] * 12,
+    "numbers": dict.fromkeys(range(12), np.zeros(2, np.float32)),
+    "names of numbers": dict.fromkeys(map(str, range(12)), np.zeros(2, np.float32)),
+    "within and beside": {
+        "0": {"w": np.zeros(3, np.float32)},
+        "1": {"w": np.zeros(3, np.float32)},
+        "w": np.zeros(3, np.float32),
+    },
+}
+
+
+@pytest.mark.parametrize("params", NUMBERED.values(), ids=NUMBERED)
+def test_parameters_whose_names_are_numbers_keep_their_order(params, tmp_path):
+    saved = after(adam(), params)
+    new = optax.chain(autoclip(), adam())
+    for form in in_every_form(saved, tmp_path):
+        grafted = smartclip.graft(form, new.init(params))
+        assert_same(jax.tree.map(jnp.asarray, grafted[1]), saved)
+
+
+TWICE = {
+    "two in a chain": lambda: optax.chain(optax.trace(0.9), optax.trace(0.5)),
+    "one for each label": lambda: optax.partition(
+        {"x": optax.trace(0.9), "y": optax.trace(0.5)}, {"bias": "x", "body": "y"}
+    ),
+    "one for each numbered label": lambda: optax.partition(
+        {"0": optax.trace(0.9), "1": optax.trace(0.5)}, {"bias": "1", "body": "0"}
+    ),
+}
+
+
+@pytest.mark.parametrize("old", TWICE.values(), ids=TWICE)
+def test_two_optimizers_of_one_kind_are_not_mixed_up(old, tmp_path):
+    saved = after(old())
+    new = optax.chain(autoclip(), old())
+    for form in in_every_form(saved, tmp_path):
+        grafted = smartclip.graft(form, new.init(PARAMS))
+        assert_same(jax.tree.map(jnp.asarray, grafted[1]), saved)
+
+
+def partition(x, y):
+    return optax.partition({"x": x, "y": y}, {"bias": "x", "body": "y"})
+
+
+NAMED = {
+    "one part of a partition": (
+        lambda: partition(optax.chain(autoclip(), sgd()), optax.chain(autoclip(), sgd())),
+        lambda: partition(sgd(), optax.chain(autoclip(), sgd())),
+        lambda state: state.inner_states["y"].inner_state[0],
+    ),
+    "one link of a named chain": (
+        lambda: optax.named_chain(("a", autoclip()), ("b", sgd()), ("c", autoclip())),
+        lambda: optax.named_chain(("b", sgd()), ("c", autoclip())),
+        lambda state: state["c"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "clipper"), NAMED.values(), ids=NAMED)
+def test_a_clipper_goes_on_under_its_own_name_only(old, new, clipper, tmp_path):
+    _, saved = run(old(), compiled=True)
+    # Flax cannot serialize the OrderedDict of a named chain.
+    saved = dict(saved) if isinstance(saved, dict) else saved
+    for form in in_every_form(saved, tmp_path):
+        grafted = smartclip.graft(form, new().init(PARAMS))
+        assert_same(jax.tree.map(jnp.asarray, clipper(grafted)), clipper(saved))
+    elsewhere = optax.named_chain(("b", sgd()), ("d", autoclip()))
+    if isinstance(saved, dict):
+        assert_same(smartclip.graft(saved, elsewhere.init(PARAMS))["d"], autoclip().init(PARAMS))
+
+
+def test_a_clipper_with_scheduled_arguments_comes_and_goes_as_a_whole(tmp_path):
+    scheduled = optax.inject_hyperparams(smartclip.autoclip, static_args="scope")(
+        percentile=optax.constant_schedule(90.0)
+    )
+    new = optax.chain(scheduled, sgd())
+    without = after(sgd())
+    fresh = new.init(PARAMS)
+    assert_same(smartclip.graft(without, fresh), (fresh[0], without))
+    _, saved = run(new, compiled=True)
+    moved = optax.chain(sgd(), scheduled)
+    for form in in_every_form(saved, tmp_path):
+        assert_same(jax.tree.map(jnp.asarray, smartclip.graft(form, sgd().init(PARAMS))), saved[1])
+        grafted = smartclip.graft(form, moved.init(PARAMS))
+        assert_same(jax.tree.map(jnp.asarray, grafted), (saved[1], saved[0]))
