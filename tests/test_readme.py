@@ -2,38 +2,29 @@
 
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from documents import ROOT, blocks, check_links, run_python_blocks
 
 import optax_smartclip as smartclip
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+PAGE = ROOT / "README.md"
+README = PAGE.read_text()
 ENTRIES = sorted(set(re.findall(r"`(smartclip\.[a-z_.]+\(.*?\)|optax\.[a-z_]+\(.*?\))`", README)))
 
 
-def test_every_code_block_is_of_a_kind_that_is_tested_here():
-    assert {language for language, _ in BLOCKS} == {"python", "console", "text"}
-
-
 def test_python_blocks_run_from_top_to_bottom(tmp_path):
-    # In a process of their own, with JAX as a user finds it and not as the tests configure it.
-    script = tmp_path / "readme.py"
-    code = [code for language, code in BLOCKS if language == "python"]
-    code.append("assert logs['num_steps'] == 20")
-    code.append("assert set(thresholds) == {'b', 'w'}")
-    code.append("assert 0 <= clip_rate <= 1")
-    script.write_text("\n".join(code))
-    output = subprocess.run(
-        [sys.executable, "-W", "error", script], check=True, capture_output=True, text=True
-    ).stdout
-    assert len(output.split()) == 3
+    printed = run_python_blocks(
+        PAGE,
+        tmp_path / "readme.py",
+        "assert logs['num_steps'] == 20",
+        "assert set(thresholds) == {'b', 'w'}",
+        "assert 0 <= clip_rate <= 1",
+    )
+    assert len(printed.split()) == 3
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -46,7 +37,7 @@ def test_entries_of_the_tables_are_transformations(entry):
 
 @pytest.mark.parametrize(
     "command",
-    [line for language, code in BLOCKS if language == "console" for line in code.splitlines()],
+    [line for code in blocks(PAGE, "console") for line in code.splitlines()],
 )
 def test_commands_exist(command):
     program, *arguments = command.split()
@@ -58,7 +49,6 @@ def test_commands_exist(command):
 
 
 def test_files_that_are_linked_exist():
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+    check_links(PAGE)
     for program in re.findall(r"`python (\S+\.py)`", README):
         assert (ROOT / program).exists(), program

@@ -1,0 +1,39 @@
+"""The examples run as their users run them."""
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+from documents import ROOT
+
+
+def train_on_mesh(num_devices):
+    """The numbers of each printed step."""
+    # Its devices are its own affair, and not those of the tests.
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    program = ROOT / "examples" / "train_on_mesh.py"
+    printed = subprocess.run(
+        [sys.executable, program, f"--devices={num_devices}", "--steps=60"],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ).stdout
+    mesh = f"'data': {max(1, num_devices // 2)}, 'model': {min(2, num_devices)}"
+    assert mesh in printed
+    assert "resumed" in printed
+    lines = [line for line in printed.splitlines() if line.startswith("step")]
+    return np.array([re.findall(r"[\d.]+|inf", line) for line in lines], float)
+
+
+def test_training_on_a_mesh_is_that_on_one_device_and_learns():
+    on_mesh, alone = train_on_mesh(8), train_on_mesh(1)
+    np.testing.assert_allclose(on_mesh, alone, rtol=1e-3)
+    steps, losses = on_mesh[:, 0], on_mesh[:, 1]
+    np.testing.assert_array_equal(steps, np.arange(10, 61, 10))
+    assert losses[-1] < losses[0] - 0.5
+    # The clipper counts all steps, also those before the stop.
+    np.testing.assert_array_equal(on_mesh[:, -1], steps)
+    assert np.all(np.isfinite(on_mesh[1:]))
