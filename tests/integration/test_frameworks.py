@@ -22,6 +22,7 @@ import numpyro
 import optax
 import pytest
 import reference
+from compat import lenient
 from fiddle.experimental import serialization
 from flax.training.train_state import TrainState
 from numpyro.infer.autoguide import AutoNormal
@@ -45,16 +46,6 @@ PARAMS = {
 
 def autoclip(**kwargs):
     return smartclip.autoclip(50.0, history=smartclip.ring_buffer(WINDOW), **kwargs)
-
-
-def lenient(tx):
-    """Lets Optax promote dtypes: Adam raises a float to the power of an int32."""
-
-    def update(grads, state, params=None):
-        with jax.numpy_dtype_promotion("standard"):
-            return tx.update(grads, state, params)
-
-    return optax.GradientTransformation(tx.init, update)
 
 
 ADAMW = lenient(optax.adamw(0.01))
