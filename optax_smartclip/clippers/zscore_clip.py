@@ -90,12 +90,13 @@ def zscore_clip(
         ValueError: If an argument is out of range.
 
     Example:
+        >>> import jax
         >>> import jax.numpy as jnp
         >>> import optax_smartclip as smartclip
         >>> tx = smartclip.zscore_clip(zmax=2.0)
-        >>> state = tx.init(jnp.zeros(()))
+        >>> state, update_fn = tx.init(jnp.zeros(())), jax.jit(tx.update)
         >>> for norm in [1.0, 3.0] * 200 + [1000.0]:  # mean 2, standard deviation 1
-        ...     update, state = tx.update(jnp.asarray(norm), state)
+        ...     update, state = update_fn(jnp.asarray(norm), state)
         >>> print(f"{update:.1f}")
         4.0
     """
