@@ -113,7 +113,7 @@ def register_with_flax() -> None:
                 current = getattr(node, name)
                 value = serialization.from_state_dict(current, saved[name], name=name)
                 # Flax would take an array of any length.
-                if isinstance(current, jax.Array) and jnp.shape(value) != current.shape:
+                if hasattr(current, "shape") and jnp.shape(value) != current.shape:
                     raise ValueError(
                         f"A saved {type(node).__name__} must have {name!r} of shape "
                         f"{current.shape}, as the clipper of this run has, got {jnp.shape(value)}."
