@@ -13,6 +13,7 @@ import pytest
 import reference
 from clipper_table import CLIPPERS, WEIGHT_BASED, scope_of
 from compat import enable_x64
+from trees import assert_same_bits
 
 import optax_smartclip as smartclip
 
@@ -66,14 +67,6 @@ def run(name, grads, state=None, params=PARAMS):
         updates.append(update_now)
         states.append(state)
     return updates, states
-
-
-def assert_same_bits(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == b.dtype
-        assert a.shape == b.shape
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def assert_close(actual, expected, ulps=4):

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from trees import assert_close, assert_same_bits
 
 import optax_smartclip as smartclip
 
@@ -63,18 +64,6 @@ def sgd():
     return optax.sgd(0.1, momentum=0.9)
 
 
-def assert_close(actual, expected):
-    for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-
-
-def assert_same(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
-
-
 def in_every_form(tree, folder):
     """As it is, and as Flax and Orbax restore it where nobody knows its types."""
     with ocp.StandardCheckpointer() as checkpointer:
@@ -104,8 +93,8 @@ def test_adam_keeps_its_moments_and_counts_when_a_clipper_is_put_before_it(old, 
     new = optax.chain(autoclip(), adam())
     for form in in_every_form(saved, tmp_path):
         grafted = smartclip.graft(form, new.init(PARAMS))
-        assert_same(grafted[0], autoclip().init(PARAMS))
-        assert_same(jax.tree.map(jnp.asarray, grafted[1]), part(saved))
+        assert_same_bits(grafted[0], autoclip().init(PARAMS))
+        assert_same_bits(jax.tree.map(jnp.asarray, grafted[1]), part(saved))
         assert optax.tree.get(grafted, "count") == STEPS
 
 
@@ -115,7 +104,7 @@ def test_a_run_goes_on_as_before_until_its_new_clipper_is_warm():
     grads = gradients(seed=2)
     expected, _ = run(adam(), saved, grads=grads)
     updates, state = run(new, smartclip.graft(saved, new.init(PARAMS)), grads=grads)
-    assert_same(updates, expected)
+    assert_same_bits(updates, expected)
     assert state[0].last.num_clipped == 0
     # Once warm, it does clip.
     updates, state = run(new, state, grads=grads)
@@ -125,7 +114,7 @@ def test_a_run_goes_on_as_before_until_its_new_clipper_is_warm():
 def test_another_clipper_starts_anew():
     saved = after(optax.chain(smartclip.zscore_clip(), adam()))
     grafted = smartclip.graft(saved, optax.chain(autoclip(), adam()).init(PARAMS))
-    assert_same(grafted, (autoclip().init(PARAMS), saved[1]))
+    assert_same_bits(grafted, (autoclip().init(PARAMS), saved[1]))
 
 
 def test_a_clipper_can_be_left_out(tmp_path):
@@ -133,7 +122,7 @@ def test_a_clipper_can_be_left_out(tmp_path):
     assert saved[0].num_observed == STEPS
     for form in in_every_form(saved, tmp_path):
         grafted = smartclip.graft(form, adam().init(PARAMS))
-        assert_same(jax.tree.map(jnp.asarray, grafted), saved[1])
+        assert_same_bits(jax.tree.map(jnp.asarray, grafted), saved[1])
 
 
 @pytest.mark.parametrize(
@@ -152,7 +141,7 @@ def test_the_same_clipper_goes_on_where_it_was_also_from_another_place(clipper, 
     new = optax.chain(optax.identity(), sgd(), clipper())
     for form in in_every_form(saved, tmp_path):
         grafted = smartclip.graft(form, new.init(PARAMS))
-        assert_same(jax.tree.map(jnp.asarray, grafted[1:]), (saved[1], saved[0]))
+        assert_same_bits(jax.tree.map(jnp.asarray, grafted[1:]), (saved[1], saved[0]))
 
 
 def test_clippers_of_one_kind_go_on_in_their_order(tmp_path):
@@ -162,7 +151,7 @@ def test_clippers_of_one_kind_go_on_in_their_order(tmp_path):
     new = optax.chain(autoclip(), autoclip(), sgd())
     for form in in_every_form(saved, tmp_path):
         grafted = smartclip.graft(form, new.init(PARAMS))
-        assert_same(jax.tree.map(jnp.asarray, grafted), (saved[0], saved[2], saved[1]))
+        assert_same_bits(jax.tree.map(jnp.asarray, grafted), (saved[0], saved[2], saved[1]))
 
 
 def test_a_clipper_of_another_window_or_of_other_groups_starts_anew(tmp_path):
@@ -173,8 +162,8 @@ def test_a_clipper_of_another_window_or_of_other_groups_starts_anew(tmp_path):
     ]
     for form, other in itertools.product(in_every_form(saved, tmp_path), others):
         grafted = smartclip.graft(form, optax.chain(other, sgd()).init(PARAMS))
-        assert_same(grafted[0], other.init(PARAMS))
-        assert_same(jax.tree.map(jnp.asarray, grafted[1]), saved[1])
+        assert_same_bits(grafted[0], other.init(PARAMS))
+        assert_same_bits(jax.tree.map(jnp.asarray, grafted[1]), saved[1])
 
 
 WRAPPERS = {
@@ -199,14 +188,14 @@ def test_within_a_wrapper_what_the_wrapper_counts_survives_as_well(wrap, tmp_pat
         grafted = smartclip.graft(form, new.init(PARAMS))
         assert jax.tree.structure(grafted) == jax.tree.structure(new.init(PARAMS))
         nodes = jax.tree.leaves(grafted, is_leaf=is_clipper)
-        assert_same(list(filter(is_clipper, nodes)), [autoclip().init(PARAMS)])
+        assert_same_bits(list(filter(is_clipper, nodes)), [autoclip().init(PARAMS)])
         others = [jnp.asarray(node) for node in nodes if not is_clipper(node)]
-        assert_same(others, jax.tree.leaves(saved))
+        assert_same_bits(others, jax.tree.leaves(saved))
     # MultiSteps, for one, is in the middle of its accumulation.
     grads = gradients(seed=2, spike=None)
     expected, _ = run(old, saved, grads=grads, compiled=True)
     updates, _ = run(new, grafted, grads=grads, compiled=True)
-    assert_close(updates, expected)
+    assert_close(updates, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_leaf_of_another_shape_or_dtype_is_refused_by_its_name():
@@ -244,14 +233,14 @@ def test_neither_state_is_changed(tmp_path):
     for form in in_every_form(saved, tmp_path):
         before = [jax.tree.map(np.array, tree) for tree in (form, fresh)]
         smartclip.graft(form, fresh)
-        assert_same([form, fresh], before)
+        assert_same_bits([form, fresh], before)
 
 
 def test_under_jit_and_eval_shape_it_is_what_it_is_outside():
     saved = after(optax.chain(autoclip(), sgd()))
     fresh = optax.chain(sgd(), autoclip(), smartclip.agc()).init(PARAMS)
     expected = smartclip.graft(saved, fresh)
-    assert_same(jax.jit(smartclip.graft)(saved, fresh), expected)
+    assert_same_bits(jax.jit(smartclip.graft)(saved, fresh), expected)
     shapes = jax.eval_shape(smartclip.graft, saved, fresh)
     assert jax.tree.structure(shapes) == jax.tree.structure(expected)
 
@@ -260,7 +249,7 @@ def test_shapes_are_enough_where_the_new_state_is_not_made_yet():
     saved = after(optax.chain(autoclip(), sgd()))
     new = optax.chain(sgd(), autoclip())
     shapes = jax.eval_shape(new.init, PARAMS)
-    assert_same(smartclip.graft(saved, shapes), smartclip.graft(saved, new.init(PARAMS)))
+    assert_same_bits(smartclip.graft(saved, shapes), smartclip.graft(saved, new.init(PARAMS)))
 
 
 def test_float64_is_not_taken_for_float32():
@@ -291,7 +280,7 @@ def test_parameters_whose_names_are_numbers_keep_their_order(params, tmp_path):
     new = optax.chain(autoclip(), adam())
     for form in in_every_form(saved, tmp_path):
         grafted = smartclip.graft(form, new.init(params))
-        assert_same(jax.tree.map(jnp.asarray, grafted[1]), saved)
+        assert_same_bits(jax.tree.map(jnp.asarray, grafted[1]), saved)
 
 
 TWICE = {
@@ -311,7 +300,7 @@ def test_two_optimizers_of_one_kind_are_not_mixed_up(old, tmp_path):
     new = optax.chain(autoclip(), old())
     for form in in_every_form(saved, tmp_path):
         grafted = smartclip.graft(form, new.init(PARAMS))
-        assert_same(jax.tree.map(jnp.asarray, grafted[1]), saved)
+        assert_same_bits(jax.tree.map(jnp.asarray, grafted[1]), saved)
 
 
 def partition(x, y):
@@ -339,10 +328,12 @@ def test_a_clipper_goes_on_under_its_own_name_only(old, new, clipper, tmp_path):
     saved = dict(saved) if isinstance(saved, dict) else saved
     for form in in_every_form(saved, tmp_path):
         grafted = smartclip.graft(form, new().init(PARAMS))
-        assert_same(jax.tree.map(jnp.asarray, clipper(grafted)), clipper(saved))
+        assert_same_bits(jax.tree.map(jnp.asarray, clipper(grafted)), clipper(saved))
     elsewhere = optax.named_chain(("b", sgd()), ("d", autoclip()))
     if isinstance(saved, dict):
-        assert_same(smartclip.graft(saved, elsewhere.init(PARAMS))["d"], autoclip().init(PARAMS))
+        assert_same_bits(
+            smartclip.graft(saved, elsewhere.init(PARAMS))["d"], autoclip().init(PARAMS)
+        )
 
 
 def test_a_clipper_with_scheduled_arguments_comes_and_goes_as_a_whole(tmp_path):
@@ -352,10 +343,12 @@ def test_a_clipper_with_scheduled_arguments_comes_and_goes_as_a_whole(tmp_path):
     new = optax.chain(scheduled, sgd())
     without = after(sgd())
     fresh = new.init(PARAMS)
-    assert_same(smartclip.graft(without, fresh), (fresh[0], without))
+    assert_same_bits(smartclip.graft(without, fresh), (fresh[0], without))
     _, saved = run(new, compiled=True)
     moved = optax.chain(sgd(), scheduled)
     for form in in_every_form(saved, tmp_path):
-        assert_same(jax.tree.map(jnp.asarray, smartclip.graft(form, sgd().init(PARAMS))), saved[1])
+        assert_same_bits(
+            jax.tree.map(jnp.asarray, smartclip.graft(form, sgd().init(PARAMS))), saved[1]
+        )
         grafted = smartclip.graft(form, moved.init(PARAMS))
-        assert_same(jax.tree.map(jnp.asarray, grafted), (saved[1], saved[0]))
+        assert_same_bits(jax.tree.map(jnp.asarray, grafted), (saved[1], saved[0]))

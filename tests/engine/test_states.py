@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trees import assert_same_bits
 
 import optax_smartclip as smartclip
 from optax_smartclip.engine.states import select_groups, state
@@ -44,18 +45,11 @@ def run(request):
     return tx, advance(tx.init(PARAMS), SCALES[:4])[0], lambda state: advance(state, SCALES[4:])
 
 
-def assert_same(tree, other):
-    assert jax.tree.structure(tree) == jax.tree.structure(other)
-    for leaf, expected in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
-        assert leaf.dtype == expected.dtype
-        np.testing.assert_array_equal(leaf, expected)
-
-
 def assert_continues(run, restored):
     _, state, advance = run
     restored = jax.tree.map(jnp.asarray, restored)
-    assert_same(restored, state)
-    assert_same(advance(restored), advance(state))
+    assert_same_bits(restored, state)
+    assert_same_bits(advance(restored), advance(state))
 
 
 def test_a_state_restored_from_flax_bytes_goes_on_as_if_nothing_had_happened(run):
@@ -134,7 +128,7 @@ def test_flax_is_needed_only_once_it_is_loaded(monkeypatch):
         counting().init(PARAMS)
     current = counting().init(PARAMS)
     assert flax.serialization.to_state_dict(current)["rule"].keys() == {"seen"}
-    assert_same(
+    assert_same_bits(
         flax.serialization.from_bytes(current, flax.serialization.to_bytes(current)), current
     )
 

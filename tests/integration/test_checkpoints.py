@@ -19,6 +19,7 @@ import pytest
 from clipper_table import CLIPPERS, WEIGHT_BASED
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from trees import assert_same_bits
 
 import optax_smartclip as smartclip
 
@@ -82,13 +83,6 @@ def uninterrupted(name):
     clipped = [np.sum(state[0].last.num_clipped) for _, state in runs]
     assert np.any(np.diff(clipped) > 0)
     return runs
-
-
-def assert_same_bits(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 @functools.cache
@@ -270,10 +264,12 @@ every_change = pytest.mark.parametrize(
 @every_change
 def test_flax_bytes_of_another_window_or_number_of_groups_are_refused(clipper, wanted, saved):
     data = flax.serialization.to_bytes(windowed().init(PARAMS))
-    with pytest.raises(ValueError, match="A saved RingBufferState must have 'ring'") as error:
-        flax.serialization.from_bytes(clipper.init(PARAMS), data)
-    assert f"of shape {wanted}" in str(error.value)
-    assert f"got {saved}" in str(error.value)
+    target = clipper.init(PARAMS)
+    for its in (target, jax.device_get(target)):
+        with pytest.raises(ValueError, match="A saved RingBufferState must have 'ring'") as error:
+            flax.serialization.from_bytes(its, data)
+        assert f"of shape {wanted}" in str(error.value)
+        assert f"got {saved}" in str(error.value)
 
 
 def assert_update_refuses(clipper, state, wanted, saved):

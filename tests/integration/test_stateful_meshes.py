@@ -15,6 +15,7 @@ import pytest
 import reference
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from trees import assert_close, random_tree
 
 import optax_smartclip as smartclip
 
@@ -29,18 +30,9 @@ LAYOUTS = {
 }
 
 
-def random_tree(seed, size):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda shape: np.float32(size * rng.normal(size=shape)),
-        SHAPES,
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
-
-
-PARAMS = random_tree(0, 1.0)
+PARAMS = random_tree(0, 1.0, SHAPES)
 SIZES = [0.1, 0.2, 0.15, 100.0, 0.2, 1e25, 0.1]
-GRADS = [random_tree(1 + step, size) for step, size in enumerate(SIZES)]
+GRADS = [random_tree(1 + step, size, SHAPES) for step, size in enumerate(SIZES)]
 PERCENTILE, WINDOW, CLIPPING = 50.0, 5, 0.1
 
 CLIPPERS = {
@@ -98,15 +90,9 @@ def place(tree, mesh, layout="FSDP"):
     )
 
 
-def assert_close(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(np.asarray(a), b, rtol=1e-5)
-
-
 def assert_right(name, clipped, records):
     expected, expected_records = by_hand(name)
-    assert_close(clipped, expected)
+    assert_close(clipped, expected, rtol=1e-5)
     if not CAN_REPORT and not records:
         return
     assert len(records) == len(expected_records)

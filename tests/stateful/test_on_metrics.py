@@ -15,6 +15,7 @@ import optax
 import pytest
 import reference
 from flax.training import train_state
+from trees import random_tree
 
 import optax_smartclip as smartclip
 from optax_smartclip.backends import jax as sc_jax
@@ -23,18 +24,9 @@ SHAPES = {"body": {"bias": (4,), "kernel": (3, 4)}, "head": {"kernel": (4, 2)}}
 PATHS = ["body/bias", "body/kernel", "head/kernel"]
 
 
-def random_tree(seed, size):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda shape: np.float32(size * rng.normal(size=shape)),
-        SHAPES,
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
-
-
-PARAMS = random_tree(0, 1.0)
+PARAMS = random_tree(0, 1.0, SHAPES)
 SIZES = [0.1, 0.2, 0.15, 0.12, 0.3, 100.0, 0.2, 0.1]
-GRADS = [random_tree(1 + step, size) for step, size in enumerate(SIZES)]
+GRADS = [random_tree(1 + step, size, SHAPES) for step, size in enumerate(SIZES)]
 WARMUP_STEPS, WINDOW, PERCENTILE, CLIPPING = 3, 5, 70.0, 0.1
 GATE = {"warmup_steps": WARMUP_STEPS, "min_history": 0}
 

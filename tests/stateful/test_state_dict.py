@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import smartclip.core as original
+from trees import assert_same_bits
 
 import optax_smartclip as smartclip
 
@@ -80,10 +81,6 @@ def uninterrupted(scope):
         clipped.append(step(grads))
     saved.append([clipper.state_dict() for clipper in clippers])
     return clipped, saved
-
-
-def assert_same_bits(actual, expected):
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 # Before the first step; in warm-up, after an infinite norm; after a NaN; after a spike.
