@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from optax_smartclip.engine.states import ClipState
-from optax_smartclip.engine.trees import KeyPath, PyTree, path_name
+from optax_smartclip.engine.trees import KeyPath, PyTree, leaves_by_name, path_name
 
 
 def graft(saved: PyTree, opt_state: PyTree) -> PyTree:
@@ -117,16 +117,13 @@ def _clipper_fields(node: Any) -> frozenset[Any] | None:
     """Names, shapes and dtypes of what a clipper consists of; None for anything else."""
     if not _is_clipper(node):
         return None
-    return frozenset((name, *_kind(leaf)) for name, leaf in _by_name(node).items())
+    return frozenset((name, *_kind(leaf)) for name, leaf in leaves_by_name(node).items())
 
 
 def _rebuild(clipper: Any, like: Any) -> Any:
-    leaves = _by_name(clipper)
-    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in _by_name(like)])
-
-
-def _by_name(clipper: Any) -> dict[str, Any]:
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(clipper)}
+    leaves = leaves_by_name(clipper)
+    in_order = [leaves[name] for name in leaves_by_name(like)]
+    return jax.tree.unflatten(jax.tree.structure(like), in_order)
 
 
 def _kind(leaf: Any) -> tuple[tuple[int, ...], str]:

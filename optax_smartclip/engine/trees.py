@@ -59,6 +59,11 @@ def path_name(path: KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def leaves_by_name(tree: PyTree) -> dict[str, Any]:
+    """The leaves of `tree` by the name of their path."""
+    return {path_name(path): leaf for path, leaf in flatten(tree).items()}
+
+
 def replace_leaves(tree: PyTree, leaves: dict[KeyPath, Any]) -> PyTree:
     """The tree with some of its leaves replaced, by key path as `flatten` gives them."""
     old, treedef = jax.tree.flatten(tree)

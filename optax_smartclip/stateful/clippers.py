@@ -297,7 +297,8 @@ class AGC(StatefulClipper):
     def _limits(
         self, state: ClipState, norms: Norms, grads: PyTree, params: PyTree
     ) -> dict[str, Array]:
-        weights = {path: leaf for path, leaf in flatten(params).items() if path in flatten(grads)}
+        clipped = flatten(grads)
+        weights = {path: leaf for path, leaf in flatten(params).items() if path in clipped}
         number = assign_groups(self.scope, params).number
         partition = by_leaf([number[path] for path in weights], norms.size)
         weight_norms = group_norms([jnp.asarray(leaf) for leaf in weights.values()], partition)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from optax_smartclip.engine.states import ClipState
-from optax_smartclip.engine.trees import flatten, path_name
+from optax_smartclip.engine.trees import leaves_by_name
 
 Key = tuple[str, ...]
 
@@ -43,7 +43,7 @@ def to_json(algo: str, saved: Saved) -> dict[str, Any]:
     own = arguments | {"keys": [list(key) for key in saved.keys], "state": None}
     counts = {"steps": 0, "observations": 0}
     if saved.state is not None:
-        own["state"] = {name: _to_list(leaf) for name, leaf in _by_name(saved.state).items()}
+        own["state"] = {name: _to_list(leaf) for name, leaf in leaves_by_name(saved.state).items()}
         counts = {
             "steps": int(np.max(saved.state.last.num_steps)),
             "observations": int(np.max(saved.state.num_observed)),
@@ -96,13 +96,9 @@ def restore(template: ClipState, lists: Mapping[str, Any]) -> ClipState:
                 f"`state` must have numbers for {name!r}, got {lists[name]!r}."
             ) from None
 
-    leaves = [leaf(name, like) for name, like in _by_name(template).items()]
+    leaves = [leaf(name, like) for name, like in leaves_by_name(template).items()]
     restored: ClipState = jax.tree.unflatten(jax.tree.structure(template), leaves)
     return restored
-
-
-def _by_name(state: ClipState) -> dict[str, Any]:
-    return {path_name(path): leaf for path, leaf in flatten(state).items()}
 
 
 def _to_list(leaf: Any) -> Any:
