@@ -6,6 +6,7 @@ somebody's training run. Eight CPU devices stand for a mesh.
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 # Before the first import of JAX; shared by all workers of pytest-xdist.
@@ -20,6 +21,12 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent / "benchmarks")]
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Many tests compile the same programs anew. Each worker remembers its own until it ends.
+COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # Compilation makes the first example slow, and the tests' time depends on the machine's load.
 hypothesis.settings.register_profile(
