@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
 
 from optax_smartclip.engine import checks
-from optax_smartclip.engine.norms import LARGEST, Norms, as_float32
+from optax_smartclip.engine.norms import LARGEST, Norms
 from optax_smartclip.engine.states import state
 from optax_smartclip.histories.history import NormHistory, Percentile
+from optax_smartclip.histories.ranks import rank
 
-# 100 times a place in the buffer must fit into int32.
+# Each step reads and writes all of it: 128 MiB per group.
 MAX_SIZE = 2**24
 
 
@@ -98,7 +99,7 @@ def ring_buffer(size: int) -> NormHistory:
         )
 
     def percentile(state: RingBufferState, percentile: Percentile) -> Norms:
-        lower, fraction = _position(percentile, jnp.maximum(state.length - 1, 0), size)
+        lower, fraction = rank(percentile, jnp.maximum(state.length - 1, 0))
         upper = jnp.minimum(lower + 1, size - 1)
         below, above = (_pick(state.ordered, _is_at(place, size)) for place in (lower, upper))
         # An empty place is never mixed in: the fraction is 0 at the last norm.
@@ -141,25 +142,6 @@ def _insert(
     ordered: Float32[Array, "groups size"], norm: Float32[Array, "groups 1"]
 ) -> Float32[Array, "groups size"]:
     """Inserts `norm` in its place; what is last drops out."""
-    previous = jnp.concatenate([jnp.zeros_like(norm), ordered[:, :-1]], axis=1)
+    first = jnp.full_like(norm, -LARGEST)
+    previous = jnp.concatenate([first, ordered[:, :-1]], axis=1)
     return jnp.maximum(previous, jnp.minimum(ordered, norm))
-
-
-def _position(
-    percentile: Percentile, last: Int32[Array, " groups"], size: int
-) -> tuple[Int32[Array, " groups"], Float32[Array, " groups"]]:
-    """Where a percentile falls among sorted values `0..last`: an index and a fraction above it.
-
-    That is `percentile / 100 * last`. In float32, its fraction would be lost in a long window, so
-    the percentile is counted in the smallest parts of a percent for which int32 can hold the
-    product, and only what is left of a part is a float.
-    """
-    # For short windows, parts of which 100 percent are fewer than 2 ** 24: float32 counts them.
-    parts = 1 << ((2**31 - 1) // (100 * max(size, 128))).bit_length() - 1
-    whole, left = divmod(percentile * parts, 1)
-    product = jnp.asarray(whole).astype(jnp.int32) * last
-    index, remainder = product // (100 * parts), product % (100 * parts)
-    rest = remainder.astype(jnp.float32) + as_float32(left) * last.astype(jnp.float32)
-    fraction = rest / (100 * parts)
-    carry = jnp.floor(fraction)
-    return index + carry.astype(jnp.int32), fraction - carry
