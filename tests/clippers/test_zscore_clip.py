@@ -7,7 +7,8 @@ import reference
 import streams
 
 import optax_smartclip as smartclip
-from optax_smartclip.clippers.zscore_clip import update_moments, zscore_rule
+from optax_smartclip.clippers.zscore_clip import zscore_rule
+from optax_smartclip.histories.moments import update_moments
 
 NORMS = np.random.default_rng(4).lognormal(sigma=0.3, size=3000)
 

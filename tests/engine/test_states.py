@@ -93,7 +93,7 @@ def test_a_saved_state_with_other_fields_is_refused(change):
     saved["rule"] = {
         name: value for name, value in (saved["rule"] | change).items() if value is not None
     }
-    with pytest.raises(ValueError, match="A saved ZScoreState must have the fields") as error:
+    with pytest.raises(ValueError, match="A saved MomentsState must have the fields") as error:
         flax.serialization.from_state_dict(current, saved)
     assert str(sorted(saved["rule"])) in str(error.value)
     assert str(["mean", "num_recorded", "std"]) in str(error.value)
@@ -101,7 +101,7 @@ def test_a_saved_state_with_other_fields_is_refused(change):
 
 def test_a_state_saved_by_another_clipper_is_refused():
     saved = flax.serialization.to_bytes(smartclip.autoclip().init(PARAMS))
-    with pytest.raises(ValueError, match="A saved ZScoreState must have the fields"):
+    with pytest.raises(ValueError, match="A saved MomentsState must have the fields"):
         flax.serialization.from_bytes(smartclip.zscore_clip().init(PARAMS), saved)
 
 
