@@ -4,16 +4,20 @@ tx = optax.chain(smartclip.autoclip(), optax.adamw(3e-4))
 """
 
 from optax_smartclip import masks
+from optax_smartclip.clippers.adagc import adagc
 from optax_smartclip.clippers.agc import agc
 from optax_smartclip.clippers.autoclip import autoclip
+from optax_smartclip.clippers.skip_spikes import SkipState, skip_spikes
+from optax_smartclip.clippers.zclip import zclip
 from optax_smartclip.clippers.zscore_clip import zscore_clip
 from optax_smartclip.engine.graft import graft
 from optax_smartclip.engine.groups import group_labels
-from optax_smartclip.engine.metrics import ClipMetrics, metrics
+from optax_smartclip.engine.metrics import ClipMetrics, SkipMetrics, metrics
 from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
 from optax_smartclip.engine.states import ClipState
 from optax_smartclip.histories.geometric_quantile import geometric_quantile
 from optax_smartclip.histories.history import NormHistory
+from optax_smartclip.histories.log_histogram import log_histogram
 from optax_smartclip.histories.ring_buffer import ring_buffer
 from optax_smartclip.stateful.clippers import AGC, AutoClip, ZScoreClip
 from optax_smartclip.stateful.context import apply_grads, clip_context
@@ -26,8 +30,11 @@ __all__ = [
     "ClipMetrics",
     "ClipState",
     "NormHistory",
+    "SkipMetrics",
+    "SkipState",
     "ThresholdRule",
     "ZScoreClip",
+    "adagc",
     "agc",
     "apply_grads",
     "autoclip",
@@ -36,8 +43,11 @@ __all__ = [
     "geometric_quantile",
     "graft",
     "group_labels",
+    "log_histogram",
     "masks",
     "metrics",
     "ring_buffer",
+    "skip_spikes",
+    "zclip",
     "zscore_clip",
 ]

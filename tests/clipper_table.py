@@ -23,7 +23,12 @@ CLIPPERS = {
         history=smartclip.geometric_quantile(),
         scope="per_param",
     ),
+    "autoclip_whole_run": partial(
+        smartclip.autoclip, percentile=50.0, history=smartclip.log_histogram(0.1)
+    ),
     "zscore_clip": smartclip.zscore_clip,
+    "zclip": partial(smartclip.zclip, warmup_steps=5, max_norm=None),
+    "adagc": partial(smartclip.adagc, warmup_steps=5, absolute_clip=None),
     "agc": smartclip.agc,
     "agc_per_param": partial(smartclip.agc, scope="per_param"),
 }

@@ -9,7 +9,9 @@ import numbers
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32
 
 
 def check_number(
@@ -21,8 +23,12 @@ def check_number(
     allowed: str,
     strict_low: bool = False,
     strict_high: bool = False,
+    may_be_array: bool = True,
 ) -> None:
-    """Raises ValueError unless `low <= value <= high`, with `<` where strict."""
+    """Raises ValueError unless `low <= value <= high`, with `<` where strict.
+
+    An array passes unchecked, or not at all.
+    """
     if isinstance(value, bool | np.bool_):
         valid = False
     elif isinstance(value, numbers.Real):
@@ -32,18 +38,25 @@ def check_number(
         below = number < high if strict_high else number <= high
         valid = above and below
     else:
-        valid = isinstance(value, jax.Array | np.ndarray)
+        valid = may_be_array and isinstance(value, jax.Array | np.ndarray)
     if not valid:
         raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
 
 
-def check_size(name: str, value: Any, high: int) -> None:
-    """Raises ValueError unless `value` is a Python int from 1 to `high`: it sets a shape."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
+def check_size(name: str, value: Any, high: int, *, low: int = 1) -> None:
+    """Raises ValueError unless `value` is a Python int from `low` to `high`: it sets a shape."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(
-            f"`{name}` must be a Python int from 1 to {high} (it sets the shape of the state), "
+            f"`{name}` must be a Python int from {low} to {high} (it sets the shape of the state), "
             f"got {value!r}."
         )
+
+
+def check_scalar(name: str, value: Any) -> Float32[Array, ""]:
+    """The value as a float32 scalar; raises ValueError if it has another shape than ()."""
+    if jnp.shape(value) != ():
+        raise ValueError(f"`{name}` must be a scalar, got the shape {jnp.shape(value)}.")
+    return jnp.asarray(value).astype(jnp.float32)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

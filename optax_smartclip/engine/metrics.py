@@ -46,11 +46,34 @@ class ClipMetrics(NamedTuple):
     num_nonfinite: Int32[Array, " *groups"]
 
 
-# A name can be registered once: in a module that is loaded anew, the first class keeps it.
-with contextlib.suppress(ValueError):
-    export.register_namedtuple_serialization(
-        ClipMetrics, serialized_name=f"{__name__}.{ClipMetrics.__qualname__}"
-    )
+class SkipMetrics(NamedTuple):
+    """The record of `skip_spikes`. Every field is a scalar; no decision depends on it.
+
+    Attributes:
+        skip_norm: float32, the norm of the gradient as it arrived.
+        skip_norm_threshold: float32, the largest that is not dropped; Inf in warm-up.
+        skip_value: float32, the loss that was given; 0 if none was.
+        skip_value_threshold: float32, the largest that is not dropped; Inf in warm-up.
+        skipped: bool, whether the last step was dropped.
+        num_skipped: int32, how many were. Counts stop at 2 ** 31 - 1.
+    """
+
+    skip_norm: Float32[Array, ""]
+    skip_norm_threshold: Float32[Array, ""]
+    skip_value: Float32[Array, ""]
+    skip_value_threshold: Float32[Array, ""]
+    skipped: Bool[Array, ""]
+    num_skipped: Int32[Array, ""]
+
+
+RECORDS = (ClipMetrics, SkipMetrics)
+
+for _record in RECORDS:
+    # A name can be registered once: in a module that is loaded anew, the first class keeps it.
+    with contextlib.suppress(ValueError):
+        export.register_namedtuple_serialization(
+            _record, serialized_name=f"{__name__}.{_record.__qualname__}"
+        )
 
 
 def init_metrics(num_groups: int) -> ClipMetrics:
@@ -99,7 +122,7 @@ def increment_where(
 
 
 def metrics(opt_state: Any) -> dict[str, Array]:
-    """The last step's record of every clipper in an optimizer state.
+    """The last step's record of every clipper, and of `skip_spikes`, in an optimizer state.
 
     A pure function of arrays: call it outside of `jit` on the state that a step returned, or
     inside and return the dictionary.
@@ -108,9 +131,10 @@ def metrics(opt_state: Any) -> dict[str, Array]:
         opt_state: Any optimizer state, however nested, as `init` or `update` returned it.
 
     Returns:
-        The fields of `ClipMetrics` by name, each of shape `[]` or `[groups]`. If there are several
-        clippers, each name is preceded by the place of its clipper in the state, as in
-        `"0/grad_norm"` for the first link of a chain. Empty if there is no clipper.
+        The fields of `ClipMetrics` by name, each of shape `[]` or `[groups]`, and those of
+        `SkipMetrics`. If there are several clippers, each name is preceded by the place of its
+        clipper in the state, as in `"0/grad_norm"` for the first link of a chain. Empty if there
+        is no clipper.
 
     Example:
         >>> import jax.numpy as jnp
@@ -123,12 +147,13 @@ def metrics(opt_state: Any) -> dict[str, Array]:
         >>> float(record["grad_norm"]), round(float(record["clip_scale"]), 6)
         (5.0, 0.2)
     """
-    records = jax.tree_util.tree_flatten_with_path(
-        unwrap_variables(opt_state), is_leaf=lambda node: isinstance(node, ClipMetrics)
+    nodes = jax.tree_util.tree_flatten_with_path(
+        unwrap_variables(opt_state), is_leaf=lambda node: isinstance(node, RECORDS)
     )[0]
-    found = {path[:-1]: node for path, node in records if isinstance(node, ClipMetrics)}
+    found = {path[:-1]: node for path, node in nodes if isinstance(node, RECORDS)}
+    kinds = [type(record) for record in found.values()]
     return {
-        f"{path_name(path)}/{name}" if len(found) > 1 else name: value
+        f"{path_name(path)}/{name}" if kinds.count(type(record)) > 1 else name: value
         for path, record in found.items()
         for name, value in record._asdict().items()
     }

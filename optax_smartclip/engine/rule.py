@@ -19,7 +19,6 @@ from optax_smartclip.engine.metrics import increment_where, next_metrics
 from optax_smartclip.engine.norms import (
     AxisName,
     Norms,
-    as_float32,
     by_leaf,
     group_norms,
     is_inexact,
@@ -205,6 +204,4 @@ def _given_norm(grad_norm: Any, scope: Scope) -> Norms:
         raise ValueError(
             f"`grad_norm` is the norm of the whole gradient and needs scope='global', got {scope=}."
         )
-    if jnp.shape(grad_norm) != ():
-        raise ValueError(f"`grad_norm` must be a scalar, got the shape {jnp.shape(grad_norm)}.")
-    return as_float32(grad_norm)[None]
+    return checks.check_scalar("grad_norm", grad_norm)[None]

@@ -1,0 +1,165 @@
+"""AdaGC: each tensor's norm is held to just above a moving average of its own clipped norms.
+
+    threshold = relative_clip * average       of the norms before the current one
+    average  <- decay * average + (1 - decay) * min(norm, threshold)
+
+In warm-up the whole gradient is cut to one fixed norm, and `average` becomes the smallest norm
+that each tensor then had.
+
+Wang et al., `AdaGC: Improving Training Stability for Large Language Model Pretraining
+<https://arxiv.org/abs/2502.11034>`_, 2025.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float32, Int32
+
+from optax_smartclip.engine import checks
+from optax_smartclip.engine.groups import Scope
+from optax_smartclip.engine.metrics import increment_where
+from optax_smartclip.engine.norms import AxisName, Norms, as_float32, safe_sqrt
+from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
+from optax_smartclip.engine.states import select_groups, state
+from optax_smartclip.histories.moments import new_weight
+
+
+@state
+class AdaGCState:
+    """The moving average of each group's norms.
+
+    Attributes:
+        average: In the unit of the norms; in warm-up, the smallest of them.
+        num_recorded: How many norms are in it. Stops at 2 ** 31 - 1.
+    """
+
+    average: Float32[Array, " groups"]
+    num_recorded: Int32[Array, " groups"]
+
+
+def adagc(
+    relative_clip: Any = 1.04,
+    *,
+    decay: Any = 0.99,
+    absolute_clip: Any = 1.0,
+    record_limit: Any = None,
+    scope: Scope = "per_param",
+    warmup_steps: Any = 100,
+    max_norm: Any = None,
+    nonfinite: str = "zero",
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdaGC: keeps each tensor near the average of its norms, with the published defaults.
+
+    *The current norm is left out* of the average that judges it, and *what is recorded is the
+    clipped norm*. As each tensor is scaled on its own, the direction of the whole gradient
+    changes.
+
+    Know what this asks for. It is no clipper of rare events: on norms that vary by 20 % it cuts
+    two steps of three, by 10 % on average. And as published, **a threshold can rise by at most
+    0.04 % a step** (1.04 times a norm, of which the average takes 1 %): after a tenfold rise of
+    the norms, every step is clipped for 5,757 steps, and after a warm-up in which the whole
+    gradient was 50 times `absolute_clip`, for 10,000. `record_limit=3.0` mends this: norms are
+    then recorded as at most three times the average, which follows a tenfold rise in some 250
+    steps.
+
+    Differences to the publication: zeros are not recorded (one in warm-up would set the threshold
+    of its tensor to zero for good), NaN and Inf neither (there, they switch clipping off).
+
+    Args:
+        relative_clip: What each average is multiplied by to give the threshold, > 0.
+        decay: Of the moving average per step, in [0, 1).
+        absolute_clip: In warm-up, what the norm of the whole gradient (of all groups together) is
+            cut to, > 0; None to cut nothing.
+        record_limit: None, or as how many times the average a norm is recorded at most, > 0: what
+            is clipped then has no influence on the average.
+        scope: Which leaves share one norm; see `clip_by_rule`.
+        warmup_steps: How many norms of a group are recorded before its threshold counts.
+        max_norm: A ceiling on each group that always holds; see `clip_by_rule`.
+        nonfinite: `"zero"` or `"propagate"`, for NaN and Inf norms; see `clip_by_rule`.
+        axis_name: Mapped axes over which leaves are split; see `clip_by_rule`.
+
+    Returns:
+        A gradient transformation. Its state has the averages and the last step's metrics.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax_smartclip as smartclip
+        >>> tx = smartclip.adagc(warmup_steps=2)
+        >>> state = tx.init({"w": jnp.zeros(()), "b": jnp.zeros(())})
+        >>> for w, b in [(3.0, 4.0), (6.0, 8.0), (6.0, 0.5)]:
+        ...     updates, state = tx.update({"w": jnp.array(w), "b": jnp.array(b)}, state)
+        >>> print(f"{updates['w']:.3f} {updates['b']:.3f}")  # 1.04 * 0.6, and 0.5 as it was
+        0.624 0.500
+    """
+    checks.check_number(
+        "relative_clip", relative_clip, 0.0, float("inf"), allowed="positive", strict_low=True
+    )
+    checks.check_number("decay", decay, 0.0, 1.0, allowed="in [0, 1)", strict_high=True)
+    for name, value, none in (
+        ("absolute_clip", absolute_clip, "cut nothing in warm-up"),
+        ("record_limit", record_limit, "record clipped norms"),
+    ):
+        if value is not None:
+            allowed = f"positive, or None to {none}"
+            checks.check_number(name, value, 0.0, float("inf"), allowed=allowed, strict_low=True)
+    checks.check_shared(warmup_steps, max_norm, nonfinite)
+    # The rule has a threshold of its own in warm-up.
+    return clip_by_rule(
+        adagc_rule(relative_clip, decay, absolute_clip, record_limit, warmup_steps),
+        scope=scope,
+        max_norm=max_norm,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+    )
+
+
+def adagc_rule(
+    relative_clip: Any, decay: Any, absolute_clip: Any, record_limit: Any, warmup_steps: Any
+) -> ThresholdRule:
+    """Threshold: `relative_clip` times the average; in warm-up, a share of `absolute_clip`."""
+
+    def init(num_groups: int) -> AdaGCState:
+        return AdaGCState(
+            average=jnp.zeros(num_groups, jnp.float32),
+            num_recorded=jnp.zeros(num_groups, jnp.int32),
+        )
+
+    def is_warming_up(state: AdaGCState) -> Any:
+        return as_float32(state.num_recorded) < jnp.maximum(as_float32(warmup_steps), 1.0)
+
+    def threshold(state: AdaGCState, norms: Norms) -> Norms:
+        in_warmup = share_of_total(norms, absolute_clip)
+        return jnp.where(is_warming_up(state), in_warmup, as_float32(relative_clip) * state.average)
+
+    def record(state: AdaGCState, norms: Norms, thresholds: Norms) -> AdaGCState:
+        clipped = jnp.minimum(norms, thresholds)
+        smallest = jnp.where(state.num_recorded > 0, jnp.minimum(state.average, clipped), clipped)
+        limit = thresholds if record_limit is None else as_float32(record_limit) * state.average
+        change = jnp.minimum(norms, limit) - state.average
+        moved = AdaGCState(
+            average=jnp.where(
+                is_warming_up(state), smallest, state.average + new_weight(decay) * change
+            ),
+            num_recorded=increment_where(norms > 0, state.num_recorded),
+        )
+        return select_groups(norms > 0, moved, state)
+
+    return ThresholdRule(init, threshold, record)
+
+
+def share_of_total(norms: Norms, max_total: Any) -> Norms:
+    """What each norm becomes if all groups together are cut to `max_total`; Inf if they are not."""
+    if max_total is None:
+        return jnp.full_like(norms, jnp.inf)
+    # In units of the largest, so that no square overflows or is lost.
+    largest = jax.lax.stop_gradient(jnp.max(norms, initial=0.0))
+    unit = jnp.where(largest > 0, largest, 1.0)
+    total = safe_sqrt(jnp.sum(jnp.square(norms / unit)))
+    limit = as_float32(max_total) / unit
+    return jnp.where(total > limit, norms * (limit / jnp.maximum(total, 1.0)), jnp.inf)

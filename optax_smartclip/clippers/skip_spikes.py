@@ -1,0 +1,235 @@
+"""Drops whole steps whose gradient norm or loss is not finite or stands out from recent ones.
+
+    dropped if norm > median + sigma * spread, or loss > median + sigma * spread
+
+with the median and the spread, (q75 - q25) / 1.349, of the last norms and losses *as they were*,
+dropped or not, the current one left out. Where a mean and a standard deviation are taken instead,
+the first four spikes of a burst raise the standard deviation so far that the others pass.
+
+It differs from clipping in what the optimizer sees: a clipped spike still enters its moments, a
+dropped one has not happened.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float32, Int32
+
+from optax_smartclip.engine import checks
+from optax_smartclip.engine.metrics import SkipMetrics, increment_where
+from optax_smartclip.engine.norms import (
+    AxisName,
+    Norms,
+    as_float32,
+    by_leaf,
+    group_norms,
+    is_inexact,
+)
+from optax_smartclip.engine.states import register_with_flax, select_groups, state
+from optax_smartclip.engine.trees import PyTree
+from optax_smartclip.histories.history import HistoryState, NormHistory
+from optax_smartclip.histories.ring_buffer import MAX_SIZE, ring_buffer
+
+_QUARTILES = (25.0, 50.0, 75.0)
+
+# The distance between the quartiles of normally distributed values, in standard deviations.
+_IQR = 1.349
+
+# The smallest spread, in units of the median: constant values have none, and their rounding noise
+# is no spike.
+_MIN_SPREAD = 0.001
+
+
+@state
+class SkipState:
+    """The state of `skip_spikes`.
+
+    Attributes:
+        inner_state: That of the optimizer inside, as if dropped steps had never been.
+        history: The last finite norms and losses: two groups.
+        num_observed: How many of each have been seen; `warmup_steps` is compared with it.
+        num_in_a_row: How many spikes have been dropped since the last step that was not.
+        last: The record of the last step. Reported, never read to decide anything.
+    """
+
+    inner_state: Any
+    history: HistoryState
+    num_observed: Int32[Array, " 2"]
+    num_in_a_row: Int32[Array, ""]
+    last: SkipMetrics
+
+
+def skip_spikes(
+    inner: optax.GradientTransformation,
+    *,
+    sigma: Any = 6.0,
+    window: int = 128,
+    max_consecutive: Any = 32,
+    warmup_steps: Any = 10,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer so that steps with a spike do not happen.
+
+    A step is dropped if the norm of its gradient, or the loss if it is given as Optax's `value=`,
+    is NaN or Inf or more than `sigma` spreads above the median of the last `window` ones. Its
+    updates are zero, the state of `inner` stays as it is in every bit (counts and schedules do not
+    advance, weight decay is not applied), and the count `num_skipped` goes up.
+
+    A lasting rise of norm or loss is dropped too, at first: until a quarter of the window has seen
+    it, or for `max_consecutive` steps, after which one step is let through, however large, and so
+    on. Steps that are not finite are dropped always, and do not count among these.
+
+    Wrap the whole chain, clippers included. `optax.MultiSteps` goes around it (the accumulated
+    gradient is judged) or inside (each small batch is, and a dropped one is made up for).
+
+    Args:
+        inner: The optimizer. It is called in every step, with zeros where the step is dropped.
+        sigma: How many spreads above the median a norm or loss may be, > 0. A spread is a standard
+            deviation if the values are normally distributed; it is at least 0.1 % of the median.
+        window: How many steps the median and the spread are taken over: a Python int from 4 to
+            16,777,216.
+        max_consecutive: After how many spikes in a row one is let through, >= 1.
+        warmup_steps: How many finite ones are observed before steps are dropped for a spike.
+        axis_name: Under `shard_map` or `pmap`, mapped axes over which leaves are split; see
+            `clip_by_rule`. A `value` must be the same on all devices.
+
+    Returns:
+        A gradient transformation. `update` accepts `value=` and `grad_norm=`, scalars, and passes
+        these and all other extra arguments on. `smartclip.metrics` finds its record, `SkipMetrics`.
+
+    Raises:
+        ValueError: If an argument is out of range; from `update`, if `value` or `grad_norm` is not
+            a scalar.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import optax_smartclip as smartclip
+        >>> tx = smartclip.skip_spikes(optax.chain(smartclip.autoclip(), optax.sgd(0.1)))
+        >>> params = {"w": jnp.zeros(2)}
+        >>> opt_state = tx.init(params)
+        >>> for size in [1.0, 1.1, 0.9] * 5 + [1000.0, float("nan")]:
+        ...     updates, opt_state = tx.update({"w": jnp.full(2, size)}, opt_state, params)
+        >>> print(updates["w"], int(smartclip.metrics(opt_state)["num_skipped"]))
+        [0. 0.] 2
+        >>> int(optax.tree.get(opt_state.inner_state, "num_steps"))
+        15
+    """
+    checks.check_number(
+        "sigma",
+        sigma,
+        0.0,
+        float("inf"),
+        allowed="positive and finite",
+        strict_low=True,
+        strict_high=True,
+    )
+    checks.check_size("window", window, MAX_SIZE, low=4)
+    checks.check_number(
+        "max_consecutive", max_consecutive, 1.0, 2.0**31 - 1, allowed="a number of steps, >= 1"
+    )
+    checks.check_shared(warmup_steps, None, "zero")
+    if not all(callable(getattr(inner, name, None)) for name in ("init", "update")):
+        raise ValueError(
+            f"`inner` must be a gradient transformation, as optax.adamw(3e-4) is, got {inner!r}."
+        )
+    inner = optax.with_extra_args_support(inner)
+    history = ring_buffer(window)
+
+    def init_fn(params: PyTree) -> SkipState:
+        register_with_flax()
+        return SkipState(
+            inner_state=inner.init(params),
+            history=history.init(2),
+            num_observed=jnp.zeros(2, jnp.int32),
+            num_in_a_row=jnp.zeros((), jnp.int32),
+            last=SkipMetrics(
+                skip_norm=jnp.zeros((), jnp.float32),
+                skip_norm_threshold=jnp.full((), jnp.inf, jnp.float32),
+                skip_value=jnp.zeros((), jnp.float32),
+                skip_value_threshold=jnp.full((), jnp.inf, jnp.float32),
+                skipped=jnp.zeros((), bool),
+                num_skipped=jnp.zeros((), jnp.int32),
+            ),
+        )
+
+    def update_fn(
+        updates: PyTree,
+        state: SkipState,
+        params: PyTree | None = None,
+        *,
+        value: Any = None,
+        grad_norm: Any = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, SkipState]:
+        if grad_norm is None:
+            norm = _norm(updates, axis_name)
+        else:
+            norm = checks.check_scalar("grad_norm", grad_norm)
+            extra_args["grad_norm"] = grad_norm
+        if value is None:
+            loss = jnp.zeros((), jnp.float32)
+        else:
+            loss = checks.check_scalar("value", value)
+            extra_args["value"] = value
+
+        given = jnp.array([True, value is not None])
+        seen = jnp.stack([norm, loss])
+        finite = given & jnp.isfinite(seen)
+        warm = as_float32(state.num_observed) >= as_float32(warmup_steps)
+        thresholds = jnp.where(warm, outlier_threshold(history, state.history, sigma), jnp.inf)
+
+        invalid = jnp.any(given & ~finite)
+        spike = jnp.any(finite & (seen > thresholds))
+        may_pass = as_float32(state.num_in_a_row) >= as_float32(max_consecutive)
+        skip = invalid | (spike & ~may_pass)
+
+        # Zeros in place of what is dropped, so that nothing is computed with a NaN.
+        inner_updates, inner_state = inner.update(
+            _zero_where(skip, updates), state.inner_state, params, **extra_args
+        )
+        recorded = history.record(state.history, jnp.where(finite, seen, 0.0), _QUARTILES)
+        in_a_row = jnp.where(skip, optax.safe_increment(state.num_in_a_row), 0)
+        next_state = SkipState(
+            inner_state=jax.tree.map(
+                lambda old, new: jnp.where(skip, old, new), state.inner_state, inner_state
+            ),
+            history=select_groups(finite, recorded, state.history),
+            num_observed=increment_where(finite, state.num_observed),
+            num_in_a_row=jnp.where(invalid, state.num_in_a_row, in_a_row),
+            last=SkipMetrics(
+                skip_norm=norm,
+                skip_norm_threshold=thresholds[0],
+                skip_value=loss,
+                skip_value_threshold=thresholds[1],
+                skipped=skip,
+                num_skipped=increment_where(skip, state.last.num_skipped),
+            ),
+        )
+        return _zero_where(skip, inner_updates), next_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def outlier_threshold(
+    history: NormHistory, state: HistoryState, sigma: Any
+) -> Float32[Array, " groups"]:
+    """The median plus `sigma` spreads, of values that may be negative."""
+    q25, median, q75 = (history.percentile(state, quartile) for quartile in _QUARTILES)
+    spread = jnp.maximum((q75 - q25) / _IQR, _MIN_SPREAD * jnp.abs(median))
+    return median + as_float32(sigma) * spread
+
+
+def _norm(updates: PyTree, axis_name: AxisName) -> Float32[Array, ""]:
+    arrays = [jnp.asarray(leaf) for leaf in jax.tree.leaves(updates) if is_inexact(leaf)]
+    norms: Norms = group_norms(arrays, by_leaf([0] * len(arrays), 1), axis_name=axis_name)
+    return norms[0]
+
+
+def _zero_where(skip: Bool[Array, ""], updates: PyTree) -> PyTree:
+    def select(leaf: Any) -> Any:
+        return jnp.where(skip, jnp.zeros_like(leaf), leaf) if is_inexact(leaf) else leaf
+
+    return jax.tree.map(select, updates)

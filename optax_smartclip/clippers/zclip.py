@@ -1,0 +1,163 @@
+"""ZClip: what is many standard deviations above the mean is cut, and cut further the larger it is.
+
+With z = (norm - mean) / std, of the norms before, a norm with z > zmax is cut to
+
+    mean + zmax * std * (zmax / z)      "reciprocal"
+    mean                                "mean"
+    mean + zmax * std                   "max"
+
+and what is recorded is the norm that was let through, r:
+
+    mean <- decay * mean + (1 - decay) * r
+    std  <- sqrt(decay * std ** 2 + (1 - decay) * (r - mean) ** 2)      with the new mean
+
+Kumar, Owen, Chowdhury, Güra, `ZClip: Adaptive Spike Mitigation for LLM Pre-Training
+<https://arxiv.org/abs/2504.02507>`_, 2025. The authors' code adds 1e-6 to std; ours does not, so
+that gradients of any scale are clipped alike.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from optax_smartclip.engine import checks
+from optax_smartclip.engine.groups import Scope
+from optax_smartclip.engine.metrics import increment_where
+from optax_smartclip.engine.norms import AxisName, Norms, as_float32
+from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
+from optax_smartclip.engine.states import select_groups
+from optax_smartclip.histories.moments import (
+    MomentsState,
+    above_mean,
+    averaging_weight,
+    init_moments,
+    new_weight,
+    update_moments,
+)
+
+
+def zclip(
+    zmax: Any = 2.5,
+    *,
+    decay: Any = 0.97,
+    clip_to: str = "reciprocal",
+    clip_factor: Any = 1.0,
+    record_limit: Any = None,
+    scope: Scope = "global",
+    warmup_steps: Any = 25,
+    max_norm: Any = 1.0,
+    nonfinite: str = "zero",
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """ZClip: clips outliers to near the mean of recent norms, with the published defaults.
+
+    *The current norm is left out* of the statistics that judge it, and *what is recorded is the
+    clipped norm* (before `max_norm`). The mean and standard deviation start as those of the first
+    `warmup_steps` norms, which are recorded as they are.
+
+    Note two of the defaults. `max_norm=1.0` makes this `clip_by_global_norm(1.0)` as well; None
+    leaves only what is learnt. And as published, the rule **locks up after an abrupt rise**: each
+    norm at the new level is cut to nearly the mean and recorded as that, so the standard
+    deviation shrinks and no later norm can pass. A norm that doubles at once can be clipped for
+    ever. `record_limit=3.0` mends this: it records such norms as 3 standard deviations above the
+    mean, whatever they are clipped to.
+
+    Differences to the publication: zeros are not recorded, NaN and Inf neither (there, the first
+    NaN switches clipping off for good).
+
+    Args:
+        zmax: Standard deviations above the mean at which to clip, >= 0.
+        decay: Of the moving averages per step, in [0, 1).
+        clip_to: What an outlier is cut to: `"reciprocal"`, `"mean"` or `"max"`, as above.
+        clip_factor: What the target of `"reciprocal"` is multiplied by, in (0, 1].
+        record_limit: None, or at how many standard deviations above the mean (each at least 1 %
+            of it) a norm is recorded at most, > 0: what is clipped then has no influence on it.
+        scope: Which leaves share one norm; see `clip_by_rule`.
+        warmup_steps: How many norms are averaged before the rule clips.
+        max_norm: A ceiling that always holds, in warm-up too; see `clip_by_rule`.
+        nonfinite: `"zero"` or `"propagate"`, for NaN and Inf norms; see `clip_by_rule`.
+        axis_name: Mapped axes over which leaves are split; see `clip_by_rule`.
+
+    Returns:
+        A gradient transformation. Its state has the moments and the last step's metrics; the
+        threshold of a step without an outlier is the norm from which on it would be one.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import optax_smartclip as smartclip
+        >>> tx = smartclip.zclip(zmax=2.0, decay=0.99, warmup_steps=100, max_norm=None)
+        >>> state, update_fn = tx.init(jnp.zeros(())), jax.jit(tx.update)
+        >>> for norm in [1.0, 3.0] * 50 + [10.0]:  # mean 2, standard deviation 1: z is 8
+        ...     update, state = update_fn(jnp.asarray(norm), state)
+        >>> print(f"{update:.2f}")  # 2 + 2 * 2 / 8
+        2.50
+    """
+    checks.check_number("zmax", zmax, 0.0, float("inf"), allowed=">= 0")
+    checks.check_number("decay", decay, 0.0, 1.0, allowed="in [0, 1)", strict_high=True)
+    checks.check_choice("clip_to", clip_to, ("reciprocal", "mean", "max"))
+    checks.check_number("clip_factor", clip_factor, 0.0, 1.0, allowed="in (0, 1]", strict_low=True)
+    if record_limit is not None:
+        checks.check_number(
+            "record_limit",
+            record_limit,
+            0.0,
+            float("inf"),
+            allowed="positive, or None to record clipped norms",
+            strict_low=True,
+        )
+    return clip_by_rule(
+        zclip_rule(zmax, decay, clip_to, clip_factor, record_limit, warmup_steps),
+        scope=scope,
+        warmup_steps=warmup_steps,
+        max_norm=max_norm,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+    )
+
+
+def zclip_rule(
+    zmax: Any, decay: Any, clip_to: str, clip_factor: Any, record_limit: Any, warmup_steps: Any
+) -> ThresholdRule:
+    """Threshold: for an outlier what it is cut to, else where outliers begin."""
+
+    def is_warming_up(state: MomentsState) -> Any:
+        return as_float32(state.num_recorded) < jnp.maximum(as_float32(warmup_steps), 1.0)
+
+    def threshold(state: MomentsState, norms: Norms) -> Norms:
+        excess = as_float32(zmax) * state.std
+        outlier = norms > state.mean + excess
+        if clip_to == "reciprocal":
+            # excess * (zmax / z), without a division by the standard deviation, which may be 0.
+            deviation = jnp.where(outlier, norms - state.mean, 1.0)
+            target = (state.mean + excess * (excess / deviation)) * as_float32(clip_factor)
+        elif clip_to == "mean":
+            target = state.mean
+        else:
+            target = state.mean + excess
+        limit = jnp.where(outlier, target, state.mean + excess)
+        return jnp.where(is_warming_up(state), jnp.inf, limit)
+
+    def record(state: MomentsState, norms: Norms, thresholds: Norms) -> MomentsState:
+        warming_up = is_warming_up(state)
+        num_recorded = increment_where(norms > 0, state.num_recorded)
+        averaged = update_moments(state.mean, state.std, norms, averaging_weight(num_recorded))
+
+        limit = thresholds if record_limit is None else above_mean(state, record_limit)
+        weight = new_weight(decay)
+        mean = state.mean + weight * (jnp.minimum(norms, limit) - state.mean)
+        deviation = jnp.minimum(norms, limit) - mean
+        std = jnp.hypot(jnp.sqrt(1.0 - weight) * state.std, jnp.sqrt(weight) * deviation)
+
+        moved = MomentsState(
+            mean=jnp.where(warming_up, averaged[0], mean),
+            std=jnp.where(warming_up, averaged[1], std),
+            num_recorded=num_recorded,
+        )
+        return select_groups(norms > 0, moved, state)
+
+    return ThresholdRule(init_moments, threshold, record)
