@@ -43,22 +43,33 @@ _MIN_SPREAD = 0.001
 
 
 @state
-class SkipState:
-    """The state of `skip_spikes`.
+class SpikeDetectorState:
+    """What spikes stand out from. Arrays of two have an entry for the norm and one for the loss.
 
     Attributes:
-        inner_state: That of the optimizer inside, as if dropped steps had never been.
         history: The last finite norms and losses: two groups.
         num_observed: How many of each have been seen; `warmup_steps` is compared with it.
         num_in_a_row: How many spikes have been dropped since the last step that was not.
         last: The record of the last step. Reported, never read to decide anything.
     """
 
-    inner_state: Any
     history: HistoryState
     num_observed: Int32[Array, " 2"]
     num_in_a_row: Int32[Array, ""]
     last: SkipMetrics
+
+
+@state
+class SkipState:
+    """The state of `skip_spikes`.
+
+    Attributes:
+        inner_state: That of the optimizer inside, as if dropped steps had never been.
+        detector: What spikes stand out from.
+    """
+
+    inner_state: Any
+    detector: SpikeDetectorState
 
 
 def skip_spikes(
@@ -140,8 +151,7 @@ def skip_spikes(
 
     def init_fn(params: PyTree) -> SkipState:
         register_with_flax()
-        return SkipState(
-            inner_state=inner.init(params),
+        detector = SpikeDetectorState(
             history=history.init(2),
             num_observed=jnp.zeros(2, jnp.int32),
             num_in_a_row=jnp.zeros((), jnp.int32),
@@ -154,6 +164,7 @@ def skip_spikes(
                 num_skipped=jnp.zeros((), jnp.int32),
             ),
         )
+        return SkipState(inner_state=inner.init(params), detector=detector)
 
     def update_fn(
         updates: PyTree,
@@ -175,40 +186,41 @@ def skip_spikes(
             loss = checks.check_scalar("value", value)
             extra_args["value"] = value
 
+        detector = state.detector
         given = jnp.array([True, value is not None])
         seen = jnp.stack([norm, loss])
         finite = given & jnp.isfinite(seen)
-        warm = as_float32(state.num_observed) >= as_float32(warmup_steps)
-        thresholds = jnp.where(warm, outlier_threshold(history, state.history, sigma), jnp.inf)
+        warm = as_float32(detector.num_observed) >= as_float32(warmup_steps)
+        thresholds = jnp.where(warm, outlier_threshold(history, detector.history, sigma), jnp.inf)
 
         invalid = jnp.any(given & ~finite)
         spike = jnp.any(finite & (seen > thresholds))
-        may_pass = as_float32(state.num_in_a_row) >= as_float32(max_consecutive)
+        may_pass = as_float32(detector.num_in_a_row) >= as_float32(max_consecutive)
         skip = invalid | (spike & ~may_pass)
 
         # Zeros in place of what is dropped, so that nothing is computed with a NaN.
         inner_updates, inner_state = inner.update(
             _zero_where(skip, updates), state.inner_state, params, **extra_args
         )
-        recorded = history.record(state.history, jnp.where(finite, seen, 0.0), _QUARTILES)
-        in_a_row = jnp.where(skip, optax.safe_increment(state.num_in_a_row), 0)
-        next_state = SkipState(
-            inner_state=jax.tree.map(
-                lambda old, new: jnp.where(skip, old, new), state.inner_state, inner_state
-            ),
-            history=select_groups(finite, recorded, state.history),
-            num_observed=increment_where(finite, state.num_observed),
-            num_in_a_row=jnp.where(invalid, state.num_in_a_row, in_a_row),
+        recorded = history.record(detector.history, jnp.where(finite, seen, 0.0), _QUARTILES)
+        in_a_row = jnp.where(skip, optax.safe_increment(detector.num_in_a_row), 0)
+        next_detector = SpikeDetectorState(
+            history=select_groups(finite, recorded, detector.history),
+            num_observed=increment_where(finite, detector.num_observed),
+            num_in_a_row=jnp.where(invalid, detector.num_in_a_row, in_a_row),
             last=SkipMetrics(
                 skip_norm=norm,
                 skip_norm_threshold=thresholds[0],
                 skip_value=loss,
                 skip_value_threshold=thresholds[1],
                 skipped=skip,
-                num_skipped=increment_where(skip, state.last.num_skipped),
+                num_skipped=increment_where(skip, detector.last.num_skipped),
             ),
         )
-        return _zero_where(skip, inner_updates), next_state
+        kept = jax.tree.map(
+            lambda old, new: jnp.where(skip, old, new), state.inner_state, inner_state
+        )
+        return _zero_where(skip, inner_updates), SkipState(inner_state=kept, detector=next_detector)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -1,5 +1,6 @@
 """Adopting a clipper in a run that is under way, without losing what its optimizer has learnt."""
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from optax_smartclip.engine.states import ClipState
 from optax_smartclip.engine.trees import KeyPath, PyTree, leaves_by_name, path_name
 
 
@@ -15,11 +15,12 @@ def graft(saved: PyTree, opt_state: PyTree) -> PyTree:
     """Puts everything but the clippers of a saved optimizer state into a new one.
 
     For a run that goes on with another clipper in its chain than it was saved with, with one more
-    or with none. Leaves are recognised by the names on their paths (`mu`, `kernel`), and those of
-    equal names by their order: a number is no name, because a link more or less in a chain moves
-    the others. So `saved` may be a state of its own type, or the lists and dictionaries of a
-    checkpoint that was restored without a target. A clipper that `saved` has under the same names,
-    with the same fields and shapes, goes on where it was; any other starts anew.
+    or with none, or within `skip_spikes`. Leaves are recognised by the names on their paths (`mu`,
+    `kernel`), and those of equal names by their order: a number is no name, because a link more or
+    less in a chain moves the others, nor is the `inner_state` of a wrapper. So `saved` may be a
+    state of its own type, or the lists and dictionaries of a checkpoint that was restored without
+    a target. A clipper that `saved` has under the same names, with the same fields and shapes,
+    goes on where it was; any other starts anew.
 
     Args:
         saved: The optimizer state of the run so far.
@@ -96,21 +97,28 @@ def _parts(path: KeyPath) -> list[str]:
 
 
 def _names(path: KeyPath) -> tuple[str, ...]:
-    """A path without places in a sequence, which a link more or less in a chain would move."""
-    return tuple(name for name in _parts(path) if not name.isdecimal())
+    """A path without what one more link in a chain, or a wrapper around it, would change."""
+    return tuple(name for name in _parts(path) if not name.isdecimal() and name != "inner_state")
 
 
 def _is_clipper(node: Any) -> bool:
     """Whether a node is a clipper's state, or the dictionary that became of one.
 
-    Or either within another state, as of `inject_hyperparams`.
+    Or either within another state, as of `inject_hyperparams`. What `skip_spikes` knows of past
+    steps is one as well; the optimizer inside it is not.
     """
-    if isinstance(node, ClipState):
-        return True
-    fields = node._asdict() if hasattr(node, "_asdict") else node
-    if not isinstance(fields, Mapping):
+    fields = _fields(node)
+    if "detector" in fields:
         return False
-    return {"num_observed", "last"} <= fields.keys() or _is_clipper(fields.get("inner_state"))
+    wrapped = "inner_state" in fields and _is_clipper(fields["inner_state"])
+    return wrapped or {"num_observed", "last"} <= fields.keys()
+
+
+def _fields(node: Any) -> Mapping[Any, Any]:
+    if dataclasses.is_dataclass(node):
+        return {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
+    fields = node._asdict() if hasattr(node, "_asdict") else node
+    return fields if isinstance(fields, Mapping) else {}
 
 
 def _clipper_fields(node: Any) -> frozenset[Any] | None:

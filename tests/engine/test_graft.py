@@ -352,3 +352,27 @@ def test_a_clipper_with_scheduled_arguments_comes_and_goes_as_a_whole(tmp_path):
         )
         grafted = smartclip.graft(form, moved.init(PARAMS))
         assert_same_bits(jax.tree.map(jnp.asarray, grafted), (saved[1], saved[0]))
+
+
+def skipping(clipper):
+    return smartclip.skip_spikes(optax.chain(clipper(), adam()), warmup_steps=STEPS - 1)
+
+
+def test_skip_spikes_comes_and_goes_without_what_is_inside_being_lost(tmp_path):
+    bare, wrapped = optax.chain(autoclip(), adam()), skipping(autoclip)
+    saved = after(bare)
+    for form in in_every_form(saved, tmp_path / "bare"):
+        adopted = smartclip.graft(form, wrapped.init(PARAMS))
+        assert_same_bits(jax.tree.map(jnp.asarray, adopted.inner_state), saved)
+        assert_same_bits(adopted.detector, wrapped.init(PARAMS).detector)
+    saved = after(wrapped)
+    assert saved.detector.num_observed[0] == STEPS
+    for form in in_every_form(saved, tmp_path / "wrapped"):
+        assert_same_bits(
+            jax.tree.map(jnp.asarray, smartclip.graft(form, bare.init(PARAMS))), saved.inner_state
+        )
+        # With another clipper inside, what it knows of past steps and of Adam goes on.
+        other = smartclip.graft(form, skipping(lambda: autoclip(size=5)).init(PARAMS))
+        assert_same_bits(jax.tree.map(jnp.asarray, other.detector), saved.detector)
+        assert_same_bits(jax.tree.map(jnp.asarray, other.inner_state[1]), saved.inner_state[1])
+        assert other.inner_state[0].last.num_steps == 0
