@@ -30,22 +30,22 @@ def percentile_thresholds(norms, percentile: float, size: int) -> np.ndarray:
     )
 
 
-def fence_thresholds(norms, size: int = 112, warmup_steps: int = 10) -> np.ndarray:
-    """Tukey's inner fence of the norms before each step's; infinite in warm-up."""
+def fence_thresholds(norms, size: int = 112, warmup_steps: int = 1) -> np.ndarray:
+    """Tukey's inner fence of the norms before each step's; of fewer than 10, 3 times the median."""
     thresholds = []
     for t in range(len(norms)):
         past = window(norms, t, size)
-        if np.isfinite(np.asarray(norms[:t])).sum() < warmup_steps:
+        if len(past) < max(warmup_steps, 1):
             thresholds.append(np.inf)
             continue
-        q25, q75 = np.percentile(past, [25, 75])
-        fence = q75 + 1.5 * (q75 - q25)
-        thresholds.append(fence if fence > 0 else np.inf)
+        q25, median, q75 = np.percentile(past, [25, 50, 75])
+        limit = 3 * median if len(past) < 10 else q75 + 1.5 * (q75 - q25)
+        thresholds.append(limit if limit > 0 else np.inf)
     return np.array(thresholds)
 
 
 def zscore_thresholds(
-    norms, zmax: float = 3.0, decay: float = 0.99, warmup_steps: int = 10
+    norms, zmax: float = 3.0, decay: float = 0.99, warmup_steps: int = 1
 ) -> np.ndarray:
     """Mean + zmax * std of the norms before each step's, each recorded as at most mean + 3 std."""
     mean = variance = 0.0
@@ -91,3 +91,130 @@ def geometric_estimates(norms, percentile: float, rate: float) -> np.ndarray:
 def clip(norms, thresholds) -> np.ndarray:
     """The norms after clipping; non-finite ones become zero."""
     return np.where(np.isfinite(norms), np.minimum(norms, thresholds), 0.0)
+
+
+def skipped_steps(
+    norms,
+    losses=None,
+    *,
+    sigma: float = 6.0,
+    size: int = 128,
+    max_consecutive: int = 32,
+    warmup_steps: int = 10,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which steps are dropped, and the thresholds [steps, 2] of norm and loss that say so.
+
+    NaN and Inf are, and what is over the median + sigma * spread of the last `size` finite ones,
+    but never more than `max_consecutive` of these in a row.
+    """
+    nothing = np.zeros(len(norms))
+    streams = [
+        np.asarray(stream, np.float64) for stream in (norms, nothing if losses is None else losses)
+    ]
+    skipped = np.zeros(len(norms), bool)
+    thresholds = np.full((len(norms), 2), np.inf)
+    in_a_row = 0
+    for t in range(len(norms)):
+        for kind, stream in enumerate(streams[: 1 if losses is None else 2]):
+            past = stream[:t][np.isfinite(stream[:t])]
+            if len(past) >= max(warmup_steps, 1):
+                q25, median, q75 = np.percentile(past[-size:], [25, 50, 75])
+                spread = max((q75 - q25) / 1.349, 0.003 * abs(median))
+                thresholds[t, kind] = median + sigma * spread if spread > 0 else np.inf
+        now = np.array([stream[t] for stream in streams])
+        if not np.isfinite(now).all():
+            skipped[t] = True
+            continue
+        skipped[t] = (now > thresholds[t]).any() and in_a_row < max_consecutive
+        in_a_row = in_a_row + 1 if skipped[t] else 0
+    return skipped, thresholds
+
+
+def olmo_skipped_steps(values, sigma: float = 6.0, size: int = 128) -> np.ndarray:
+    """What is not within the mean + sigma * std of the last `size`, whatever these were."""
+    values = np.asarray(values, np.float64)
+    skipped = np.zeros(len(values), bool)
+    for t in range(max(2, size // 2), len(values)):
+        past = values[max(0, t - size) : t]
+        with np.errstate(invalid="ignore"):
+            skipped[t] = not values[t] - past.mean() <= sigma * past.std(ddof=1)
+    return skipped
+
+
+def zclip_thresholds(
+    norms,
+    zmax: float = 2.5,
+    decay: float = 0.97,
+    clip_to: str = "reciprocal",
+    clip_factor: float = 1.0,
+    record_limit: float | None = None,
+    warmup_steps: int = 25,
+) -> tuple[np.ndarray, np.ndarray]:
+    """ZClip: what each step's norm is held to, and where outliers begin; infinite in warm-up."""
+    first: list[float] = []
+    mean = variance = 0.0
+    thresholds, edges = [], []
+    for value in np.asarray(norms, np.float64):
+        std = np.sqrt(variance)
+        learnt = len(first) >= warmup_steps
+        edge = mean + zmax * std if learnt else np.inf
+        threshold = edge
+        if np.isfinite(value) and value > edge:
+            reciprocal = mean + zmax * std * zmax * std / (value - mean)
+            targets = {"reciprocal": reciprocal * clip_factor, "mean": mean, "max": edge}
+            threshold = targets[clip_to]
+        thresholds.append(threshold)
+        edges.append(edge)
+        if not np.isfinite(value) or value == 0:
+            continue
+        if not learnt:
+            first.append(value)
+            mean, variance = np.mean(first), np.var(first)
+            continue
+        if record_limit is None:
+            recorded = min(value, threshold)
+        else:
+            recorded = min(value, mean + record_limit * max(std, 0.01 * mean))
+        mean = decay * mean + (1 - decay) * recorded
+        variance = decay * variance + (1 - decay) * (recorded - mean) ** 2
+    return np.array(thresholds), np.array(edges)
+
+
+def adagc_thresholds(
+    norms,
+    relative_clip: float = 1.04,
+    decay: float = 0.99,
+    absolute_clip: float | None = 1.0,
+    record_limit: float | None = None,
+    warmup_steps: int = 100,
+) -> np.ndarray:
+    """AdaGC of norms [steps, tensors]: the threshold of each tensor at each step."""
+    norms = np.asarray(norms, np.float64)
+    average = np.zeros(norms.shape[1])
+    recorded = np.zeros(norms.shape[1], int)
+    thresholds = np.empty(norms.shape)
+    for step, values in enumerate(np.where(np.isfinite(norms), norms, 0.0)):
+        whole = np.sqrt(np.sum(values**2))
+        cut = absolute_clip is not None and whole > absolute_clip
+        for tensor, value in enumerate(values):
+            if recorded[tensor] < warmup_steps:
+                threshold = value * absolute_clip / whole if cut else np.inf
+                clipped = min(value, threshold)
+                after = min(average[tensor], clipped) if recorded[tensor] else clipped
+            else:
+                threshold = relative_clip * average[tensor]
+                most = threshold if record_limit is None else record_limit * average[tensor]
+                after = decay * average[tensor] + (1 - decay) * min(value, most)
+            thresholds[step, tensor] = threshold
+            if value > 0:
+                average[tensor] = after
+                recorded[tensor] += 1
+    return thresholds
+
+
+def fading_percentile(norms, percentile: float, decay: float) -> float:
+    """The smallest norm up to which there is that share of the weight, the last one's being 1."""
+    ascending = np.sort(norms)
+    weights = (decay ** np.arange(len(norms))[::-1].astype(np.float64))[np.argsort(norms)]
+    shares = np.cumsum(weights) / np.sum(weights)
+    return float(ascending[np.searchsorted(shares, percentile / 100).clip(max=len(norms) - 1)])

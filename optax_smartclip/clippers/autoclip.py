@@ -12,11 +12,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int32
 
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.groups import Scope
 from optax_smartclip.engine.norms import AxisName, Norms
 from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
+from optax_smartclip.engine.states import state
 from optax_smartclip.histories.history import HistoryState, NormHistory, Percentile
 from optax_smartclip.histories.ring_buffer import ring_buffer
 
@@ -31,8 +33,24 @@ _FENCE = 1.5
 AUTO_WINDOW = 112
 _PERCENTILE_WINDOW = 1024
 
-# The fence of fewer norms than this is mostly noise.
-_AUTO_WARMUP = 10
+# The fence of fewer norms than this is mostly noise. Until there are as many, this many times
+# their median takes its place: wide enough for noise, and it catches the batch that would
+# otherwise sit in Adam's moments from the start of the run on.
+_FENCE_MIN_NORMS = 10
+_EARLY_FACTOR = 3.0
+
+
+@state
+class FenceState:
+    """What the auto mode remembers.
+
+    Attributes:
+        history: The last norms of each group.
+        num_recorded: How many norms there were. Stops at 2 ** 31 - 1.
+    """
+
+    history: HistoryState
+    num_recorded: Int32[Array, " groups"]
 
 
 def autoclip(
@@ -51,7 +69,8 @@ def autoclip(
     `q75 + 1.5 * (q75 - q25)`, where q25 and q75 are quartiles of the last 112 raw norms, *the
     current one left out*. There is no number to set: the fence scales with the gradient, follows
     a change of its level within some 30 steps, and no burst of spikes shorter than a quarter of
-    the window can lift it beyond the ordinary norms.
+    the window can lift it beyond the ordinary norms. Until there are 10 norms, the threshold is
+    three times their median; only the first step of a run has nothing to be compared with.
 
     With a percentile, gradients are cut to that percentile of the last 1,024 raw norms, *the
     current one included*, as in the AutoClip paper (which keeps all norms ever seen; use
@@ -67,7 +86,7 @@ def autoclip(
             `geometric_quantile(rate)`. By default `ring_buffer(112)` in auto mode and
             `ring_buffer(1024)` with a percentile.
         scope: Which leaves share one norm; see `clip_by_rule`.
-        warmup_steps: How many finite norms are observed before clipping starts. By default 10 in
+        warmup_steps: How many finite norms are observed before clipping starts. By default 1 in
             auto mode and 0 with a percentile.
         max_norm: A ceiling that always holds, in warm-up too; see `clip_by_rule`.
         nonfinite: `"zero"` or `"propagate"`, for NaN and Inf norms; see `clip_by_rule`.
@@ -78,7 +97,7 @@ def autoclip(
 
     Raises:
         ValueError: If an argument is out of range, or `history` cannot answer what the mode asks
-            of it (the auto mode needs two percentiles).
+            of it (the auto mode needs three percentiles).
 
     Example:
         >>> import jax.numpy as jnp
@@ -97,7 +116,7 @@ def autoclip(
     if percentile is None:
         history = ring_buffer(AUTO_WINDOW) if history is None else history
         rule = fence_rule(history)
-        warmup_steps = _AUTO_WARMUP if warmup_steps is None else warmup_steps
+        warmup_steps = 1 if warmup_steps is None else warmup_steps
     else:
         checks.check_number("percentile", percentile, 0.0, 100.0, allowed="in [0, 100], or None")
         history = ring_buffer(_PERCENTILE_WINDOW) if history is None else history
@@ -130,24 +149,33 @@ def fence_rule(history: NormHistory) -> ThresholdRule:
     """Threshold: Tukey's inner fence of the raw norms before the current one.
 
     Raises:
-        ValueError: If the history cannot follow two percentiles.
+        ValueError: If the history cannot follow three percentiles.
     """
-    quartiles = (25.0, 75.0)
-    if history.max_percentiles is not None and history.max_percentiles < len(quartiles):
+    if history.max_percentiles is not None and history.max_percentiles < 3:
         raise ValueError(
-            "`history` must be able to answer two percentiles for autoclip() without a "
+            "`history` must be able to answer three percentiles for autoclip() without a "
             f"percentile, as ring_buffer(size) is, got {history.name}."
         )
 
-    def threshold(state: HistoryState, norms: Norms) -> Norms:
+    def init(num_groups: int) -> FenceState:
+        return FenceState(
+            history=history.init(num_groups), num_recorded=jnp.zeros(num_groups, jnp.int32)
+        )
+
+    def threshold(state: FenceState, norms: Norms) -> Norms:
         del norms
-        q25, q75 = (history.percentile(state, quartile) for quartile in quartiles)
+        q25, median, q75 = (history.percentile(state.history, q) for q in (25.0, 50.0, 75.0))
         fence = q75 + _FENCE * (q75 - q25)
+        early = state.num_recorded < _FENCE_MIN_NORMS
+        limit = jnp.where(early, _EARLY_FACTOR * median, fence)
         # A group whose gradient was zero so far has shown no scale that it could exceed.
-        return jnp.where(fence > 0, fence, jnp.inf)
+        return jnp.where(limit > 0, limit, jnp.inf)
 
-    def record(state: HistoryState, norms: Norms, thresholds: Norms) -> HistoryState:
+    def record(state: FenceState, norms: Norms, thresholds: Norms) -> FenceState:
         del thresholds
-        return history.record(state, norms, quartiles)
+        return FenceState(
+            history=history.record(state.history, norms, (25.0, 50.0, 75.0)),
+            num_recorded=optax.safe_increment(state.num_recorded),
+        )
 
-    return ThresholdRule(history.init, threshold, record)
+    return ThresholdRule(init, threshold, record)

@@ -37,7 +37,7 @@ def zscore_clip(
     *,
     decay: Any = 0.99,
     scope: Scope = "global",
-    warmup_steps: Any = 10,
+    warmup_steps: Any = 1,
     max_norm: Any = None,
     nonfinite: str = "zero",
     axis_name: AxisName = None,
@@ -50,7 +50,8 @@ def zscore_clip(
     for a while keeps its threshold.
 
     The moments of the first `1 / (1 - decay)` norms are plain averages. The first norm counts as
-    its own standard deviation, which keeps the early thresholds wide.
+    its own standard deviation, which keeps the early thresholds wide; only the first step of a run
+    has nothing to be compared with.
 
     Args:
         zmax: Standard deviations above the mean at which to clip, >= 0.

@@ -89,10 +89,22 @@ def test_auto_mode_learns_every_group_on_its_own():
         return tx.update(grads, state)
 
     state = tx.init(params)
-    for large, small in [(100.0, 1.0), (200.0, 2.0)] * 4 + [(300.0, 300.0)]:
+    for large, small in [(100.0, 1.0), (200.0, 2.0)] * 5 + [(300.0, 300.0)]:
         updates, state = step(state, jnp.float32(large), jnp.float32(small))
     assert updates["large"][0] == 300.0
     assert updates["small"][0] == pytest.approx(3.5)
+
+
+@pytest.mark.parametrize("place", range(1, 12))
+def test_auto_mode_cuts_a_spike_as_early_as_in_the_second_step(auto, place):
+    norms = streams.noise()
+    _, undisturbed = auto(norms)
+    norms[place] = 1e6
+    clipped, thresholds = auto(norms)
+    assert clipped[place] < 4
+    # Two spikes in the first four steps are what a median of fewer cannot tell from others.
+    assert np.all(thresholds[max(place, 3) + 1 : 10] < 4)
+    assert thresholds[110] == pytest.approx(undisturbed[110], rel=0.05)
 
 
 @pytest.mark.parametrize("percentile", [-1.0, 100.1, float("nan"), True])
@@ -102,5 +114,5 @@ def test_percentile_out_of_range_is_an_error(percentile):
 
 
 def test_auto_mode_on_a_history_of_one_percentile_is_an_error():
-    with pytest.raises(ValueError, match=r"`history` must be able .* got geometric_quantile"):
+    with pytest.raises(ValueError, match=r"answer three percentiles .* got geometric_quantile"):
         smartclip.autoclip(history=smartclip.geometric_quantile())
