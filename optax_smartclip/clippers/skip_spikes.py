@@ -38,8 +38,8 @@ _QUARTILES = (25.0, 50.0, 75.0)
 _IQR = 1.349
 
 # The smallest spread, in units of the median: constant values have none, and their rounding noise
-# is no spike.
-_MIN_SPREAD = 0.001
+# is no spike. Losses in bfloat16 are up to 0.8 % apart, which has to be less than six of these.
+_MIN_SPREAD = 0.003
 
 
 @state
@@ -88,17 +88,22 @@ def skip_spikes(
     updates are zero, the state of `inner` stays as it is in every bit (counts and schedules do not
     advance, weight decay is not applied), and the count `num_skipped` goes up.
 
-    A lasting rise of norm or loss is dropped too, at first: until a quarter of the window has seen
-    it, or for `max_consecutive` steps, after which one step is let through, however large, and so
-    on. Steps that are not finite are dropped always, and do not count among these.
+    A lasting rise of norm or loss is dropped too, at first: until it is a quarter of what the
+    window holds, or for `max_consecutive` steps, after which one step is let through, however
+    large, and so on. Steps that are not finite are dropped always, and do not count among these.
+    Note that batches which always stand out, and are fewer than a quarter of all, are always
+    dropped, be they spikes or the only ones of their kind.
 
-    Wrap the whole chain, clippers included. `optax.MultiSteps` goes around it (the accumulated
-    gradient is judged) or inside (each small batch is, and a dropped one is made up for).
+    Wrap the whole chain, clippers included. Inside `optax.MultiSteps` the accumulated gradient is
+    judged; give that `should_skip_update_fn=optax.skip_not_finite`, because it never gets a NaN
+    out of its sum again. Around `MultiSteps` each small batch is judged, and one that is dropped is
+    made up for.
 
     Args:
-        inner: The optimizer. It is called in every step, with zeros where the step is dropped.
+        inner: The optimizer. It is called in every step, with a zero gradient where the step is
+            dropped.
         sigma: How many spreads above the median a norm or loss may be, > 0. A spread is a standard
-            deviation if the values are normally distributed; it is at least 0.1 % of the median.
+            deviation if the values are normally distributed; it is at least 0.3 % of the median.
         window: How many steps the median and the spread are taken over: a Python int from 4 to
             16,777,216.
         max_consecutive: After how many spikes in a row one is let through, >= 1.
@@ -198,7 +203,7 @@ def skip_spikes(
         may_pass = as_float32(detector.num_in_a_row) >= as_float32(max_consecutive)
         skip = invalid | (spike & ~may_pass)
 
-        # Zeros in place of what is dropped, so that nothing is computed with a NaN.
+        # Zeros in place of what is dropped, so that no NaN of the gradient is computed with.
         inner_updates, inner_state = inner.update(
             _zero_where(skip, updates), state.inner_state, params, **extra_args
         )
@@ -228,10 +233,11 @@ def skip_spikes(
 def outlier_threshold(
     history: NormHistory, state: HistoryState, sigma: Any
 ) -> Float32[Array, " groups"]:
-    """The median plus `sigma` spreads, of values that may be negative."""
+    """The median plus `sigma` spreads, of values that may be negative; Inf if all are zero."""
     q25, median, q75 = (history.percentile(state, quartile) for quartile in _QUARTILES)
     spread = jnp.maximum((q75 - q25) / _IQR, _MIN_SPREAD * jnp.abs(median))
-    return median + as_float32(sigma) * spread
+    # Values that were mostly zero have shown no scale that one could exceed.
+    return jnp.where(spread > 0, median + as_float32(sigma) * spread, jnp.inf)
 
 
 def _norm(updates: PyTree, axis_name: AxisName) -> Float32[Array, ""]:
@@ -242,6 +248,7 @@ def _norm(updates: PyTree, axis_name: AxisName) -> Float32[Array, ""]:
 
 def _zero_where(skip: Bool[Array, ""], updates: PyTree) -> PyTree:
     def select(leaf: Any) -> Any:
-        return jnp.where(skip, jnp.zeros_like(leaf), leaf) if is_inexact(leaf) else leaf
+        is_number = jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.number)
+        return jnp.where(skip, jnp.zeros_like(leaf), leaf) if is_number else leaf
 
     return jax.tree.map(select, updates)

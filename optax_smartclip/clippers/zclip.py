@@ -26,6 +26,7 @@ from optax_smartclip.engine.groups import Scope
 from optax_smartclip.engine.metrics import increment_where
 from optax_smartclip.engine.norms import AxisName, Norms, as_float32
 from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
+from optax_smartclip.engine.scaling import ratio
 from optax_smartclip.engine.states import select_groups
 from optax_smartclip.histories.moments import (
     MomentsState,
@@ -57,11 +58,11 @@ def zclip(
     `warmup_steps` norms, which are recorded as they are.
 
     Note two of the defaults. `max_norm=1.0` makes this `clip_by_global_norm(1.0)` as well; None
-    leaves only what is learnt. And as published, the rule **locks up after an abrupt rise**: each
-    norm at the new level is cut to nearly the mean and recorded as that, so the standard
-    deviation shrinks and no later norm can pass. A norm that doubles at once can be clipped for
-    ever. `record_limit=3.0` mends this: it records such norms as 3 standard deviations above the
-    mean, whatever they are clipped to.
+    leaves only what is learnt, and nothing in warm-up. And as published, the rule **locks up after
+    an abrupt rise**: each norm at the new level is cut to nearly the mean and recorded as that, so
+    the standard deviation shrinks and no later norm can pass. A norm that doubles at once can be
+    clipped for ever. `record_limit=3.0` mends this: it records such norms as 3 standard deviations
+    above the mean, whatever they are clipped to.
 
     Differences to the publication: zeros are not recorded, NaN and Inf neither (there, the first
     NaN switches clipping off for good).
@@ -134,7 +135,7 @@ def zclip_rule(
         if clip_to == "reciprocal":
             # excess * (zmax / z), without a division by the standard deviation, which may be 0.
             deviation = jnp.where(outlier, norms - state.mean, 1.0)
-            target = (state.mean + excess * (excess / deviation)) * as_float32(clip_factor)
+            target = (state.mean + excess * ratio(excess, deviation)) * as_float32(clip_factor)
         elif clip_to == "mean":
             target = state.mean
         else:

@@ -59,20 +59,21 @@ def clip_scale(
     A scale below the smallest normal number (1e-38) may count as zero.
     """
     over = norm > threshold
-    return jnp.where(over, _ratio(threshold, jnp.where(over, norm, 1.0)), 1.0)
+    return jnp.where(over, ratio(threshold, jnp.where(over, norm, 1.0)), 1.0)
 
 
 @jax.custom_jvp
-def _ratio(x: Float32[Array, "*shape"], y: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+def ratio(x: Float32[Array, "*shape"], y: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """`x / y`, with a derivative that neither overflows nor is lost for very small or large `y`."""
     return x / y
 
 
 # JAX's own rule has y ** -2 in it, which overflows for a norm of 1e-25 and is lost for 1e25.
-@_ratio.defjvp
+@ratio.defjvp
 def _ratio_jvp(primals: Any, tangents: Any) -> Any:
     (x, y), (x_dot, y_dot) = primals, tangents
-    ratio = _ratio(x, y)
-    return ratio, (x_dot - ratio * y_dot) / y
+    quotient = ratio(x, y)
+    return quotient, (x_dot - quotient * y_dot) / y
 
 
 def scale_array(

@@ -56,10 +56,10 @@ def log_histogram(relative_error: float = 0.01, *, decay: float | None = None) -
     Args:
         relative_error: How much larger a percentile may be than it is: a Python number from
             0.0001 to 0.5, which sets the shape of the state.
-        decay: What each count is multiplied by at each step, in (0, 1), so that the histogram
-            forgets: 0.9999 remembers about the last 10,000 norms. By default nothing is
-            forgotten. A percentile is then the level below which it has that share of the weight,
-            without interpolation.
+        decay: What each count is multiplied by at each step, in (0, 0.9999999], so that the
+            histogram forgets: 0.9999 remembers about the last 10,000 norms. A percentile is then
+            the lowest level with that share of the weight at or below it, without interpolation.
+            By default nothing is forgotten.
 
     Returns:
         A history that answers any number of percentiles.
@@ -90,27 +90,27 @@ def log_histogram(relative_error: float = 0.01, *, decay: float | None = None) -
             "decay",
             decay,
             0.0,
-            1.0,
-            allowed="in (0, 1), or None to forget nothing",
+            0.9999999,  # From 0.99999998 on, it would be 1 in float32.
+            allowed="in (0, 0.9999999], or None to forget nothing",
             strict_low=True,
-            strict_high=True,
         )
     levels = make_levels(relative_error)
 
+    dtype = jnp.dtype(jnp.int32 if decay is None else jnp.float32)
+
     def init(num_groups: int) -> LogHistogramState:
-        dtype = jnp.int32 if decay is None else jnp.float32
         return LogHistogramState(num_at_most=jnp.zeros((num_groups, levels.size), dtype))
 
     def record(
         state: LogHistogramState, norms: Norms, percentiles: Sequence[Percentile] = ()
     ) -> LogHistogramState:
         del percentiles
-        shape = (len(norms), levels.size)
-        if state.num_at_most.shape != shape:
+        shape, got = (len(norms), levels.size), state.num_at_most
+        if (got.shape, got.dtype) != (shape, dtype):
             raise ValueError(
-                f"The state must have 'num_at_most' of shape {shape}, as this history is a "
-                f"log_histogram({relative_error}), got {state.num_at_most.shape}, as from another "
-                "run's checkpoint."
+                f"The state must have 'num_at_most' of shape {shape} and dtype {dtype}, as this "
+                f"history is a log_histogram({relative_error}, decay={decay}), got {got.shape} "
+                f"and {got.dtype}, as from another run's checkpoint."
             )
         counted = norms[:, None] <= levels[None, :]
         if decay is None:

@@ -1,0 +1,531 @@
+"""Which steps `skip_spikes` drops, against float64 NumPy; and that these have not happened."""
+
+import functools
+import inspect
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from compat import enable_x64, lenient
+from trees import assert_close, assert_same_bits, random_tree
+
+import optax_smartclip as smartclip
+
+STEPS = 2000
+NAN, INF = float("nan"), float("inf")
+OPTIONS = {"sigma": 6.0, "max_consecutive": 32, "warmup_steps": 10}
+
+
+def make_run(with_losses, window=128):
+    """From norms and losses [steps] and options to updates and records [steps]."""
+
+    def run(norms, losses, options):
+        tx = smartclip.skip_spikes(optax.identity(), window=window, **options)
+
+        def step(state, now):
+            norm, loss = now
+            updates, state = tx.update(
+                norm[None], state, **({"value": loss} if with_losses else {})
+            )
+            return state, (updates[0], smartclip.metrics(state))
+
+        return jax.lax.scan(step, tx.init(jnp.zeros(1)), (norms, losses))[1]
+
+    return run
+
+
+# Options are traced, so that streams of all kinds share a program.
+compiled = {with_losses: jax.jit(make_run(with_losses)) for with_losses in (False, True)}
+
+
+def decide(norms, losses=None, run=None, **options):
+    """Which steps are dropped, and the thresholds of norm and loss; checks what comes with it."""
+    run = run or compiled[losses is not None]
+    padding = (0, STEPS - len(norms))
+    padded = [
+        np.pad(np.float32(stream), padding)
+        for stream in (norms, norms if losses is None else losses)
+    ]
+    updates, record = jax.tree.map(
+        lambda leaf: np.asarray(leaf)[: len(norms)], run(*padded, OPTIONS | options)
+    )
+    skipped = record["skipped"]
+    np.testing.assert_array_equal(updates, np.where(skipped, 0, np.float32(norms)))
+    np.testing.assert_array_equal(record["num_skipped"], np.cumsum(skipped))
+    np.testing.assert_array_equal(record["skip_norm"], np.float32(norms))
+    np.testing.assert_array_equal(
+        record["skip_value"], 0 * skipped if losses is None else np.float32(losses)
+    )
+    thresholds = [record[f"skip_{kind}_threshold"] for kind in ("norm", "value")]
+    return skipped, np.stack(thresholds, axis=1)
+
+
+def dropped(*args, **options):
+    return list(np.flatnonzero(decide(*args, **options)[0]))
+
+
+def noise(steps=STEPS, seed=0):
+    return np.exp(0.2 * np.random.default_rng(seed).normal(size=steps))
+
+
+def troubled(stream, seed, spike):
+    """With spikes of all sizes, a burst, growth, a constant, a level shift, NaN and Inf."""
+    rng = np.random.default_rng(seed)
+    stream = np.array(stream)
+    stream[1400:] += 3 * spike
+    stream[1700:1850] = stream[1700]
+    places = rng.choice(np.arange(50, STEPS), 80, replace=False)
+    stream[places] += spike * np.exp(2 * rng.normal(size=80))
+    stream[900:990] += spike * rng.random(90)
+    stream[1100:1200] += 1.1 ** np.arange(100)
+    stream[rng.choice(STEPS, 30, replace=False)] = rng.choice([NAN, INF, -INF], 30)
+    stream[600:620] = NAN
+    return np.float32(stream)
+
+
+NORMS = np.abs(troubled(noise(), 1, spike=5.0))
+# From 2 down to -2, so that medians are negative, positive and nearly zero.
+LOSSES = troubled(
+    np.linspace(2, -2, STEPS) + 0.3 * np.random.default_rng(2).normal(size=STEPS), 3, spike=4.0
+)
+CHOICES = {
+    "defaults": {},
+    "strict": {"sigma": 2.0, "max_consecutive": 3, "warmup_steps": 0},
+    "lax": {"sigma": 15.0, "max_consecutive": 1, "warmup_steps": 300},
+}
+
+
+def assert_equal_to_reference(norms, losses, size=128, run=None, **options):
+    skipped, thresholds = decide(norms, losses, run, **options)
+    expected, expected_thresholds = reference.skipped_steps(norms, losses, size=size, **options)
+    np.testing.assert_array_equal(skipped, expected)
+    np.testing.assert_allclose(thresholds, expected_thresholds, rtol=1e-5, atol=1e-5)
+    finite = np.isfinite(norms) & (True if losses is None else np.isfinite(losses))
+    assert np.sum(expected & finite) > 20
+    return finite & (norms > thresholds[:, 0]) & ~skipped
+
+
+@pytest.mark.parametrize("losses", [None, LOSSES], ids=["norms", "norms and losses"])
+@pytest.mark.parametrize("options", CHOICES.values(), ids=CHOICES)
+def test_decisions_equal_the_float64_reference(losses, options):
+    let_through = assert_equal_to_reference(NORMS, losses, **options)
+    assert np.any(let_through)
+
+
+def test_decisions_equal_the_reference_in_another_window():
+    options = {"sigma": 8.0, "max_consecutive": 2, "warmup_steps": 5}
+    # Options that are no arrays, here.
+    run = jax.jit(lambda norms, losses, _: make_run(True, 5)(norms, losses, options))
+    assert_equal_to_reference(NORMS, LOSSES, 5, run, **options)
+
+
+@pytest.mark.parametrize("spike", [10.0, 1000.0, 1e30])
+def test_all_twenty_of_a_burst_are_dropped_where_mean_and_std_let_sixteen_pass(spike):
+    for start in (70, 300, 1000):
+        stream = noise()
+        burst = range(start, start + 20)
+        stream[burst] = spike
+        assert dropped(stream) == dropped(noise(), stream - 5) == list(burst)
+        if start > 128 and spike > 100:
+            theirs = reference.olmo_skipped_steps(np.float32(stream))
+            assert list(np.flatnonzero(theirs[burst])) == [0, 1, 2, 3]
+
+
+def test_an_early_burst_is_dropped_until_it_is_a_quarter_of_all_that_was_seen():
+    for start in (10, 11, 12, 20, 40):
+        stream = noise()
+        stream[start : start + 20] = 1000.0
+        assert dropped(stream) == list(range(start, start + (start + 2) // 3))
+
+
+@pytest.mark.parametrize("place", [10, 11, 500, STEPS - 1])
+def test_a_single_spike_is_dropped_and_moves_the_threshold_by_next_to_nothing(place):
+    stream = noise()
+    _, before = decide(stream)
+    stream[place] = 1e6
+    skipped, after = decide(stream)
+    assert list(np.flatnonzero(skipped)) == [place]
+    # One of eleven norms is a tenth of them, and one of 128 next to nothing.
+    limit = 1.6 if place < 20 else 1.1
+    assert np.max(after[11:, 0] / before[11:, 0]) < limit
+    np.testing.assert_array_equal(after[place + 129 :], before[place + 129 :])
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_nan_and_inf_are_dropped_and_nothing_else(bad):
+    stream = noise()
+    stream[[3, 500]] = bad
+    # No gradient has the norm -Inf, but a loss may be.
+    norms = np.abs(stream)
+    assert dropped(norms) == dropped(noise(), stream) == [3, 500]
+
+
+def test_a_nan_costs_one_step_where_mean_and_std_stall_for_128_more():
+    stream = noise()
+    stream[500] = NAN
+    assert dropped(stream) == [500]
+    theirs = reference.olmo_skipped_steps(np.float32(stream))
+    assert list(np.flatnonzero(theirs)) == list(range(500, 629))
+
+
+@pytest.mark.parametrize("level", [1.0, -3.0, 0.0, 1e-30, 1e30])
+def test_constants_and_their_rounding_noise_are_never_dropped(level):
+    rng = np.random.default_rng(0)
+    # The last is a constant for the quartiles, which a tenth of the values are above.
+    for noise in (0, rng.normal(size=500), rng.random(500) < 0.1):
+        constant = np.full(500, level) + 1e-6 * abs(level) * noise
+        assert dropped(np.abs(constant)) == dropped(np.ones(500), constant) == []
+    stream = np.r_[np.full(500, level), np.zeros(10), np.full(500, 0.1 * level)]
+    assert dropped(np.abs(stream)) == []
+
+
+def test_a_loss_in_bfloat16_may_be_rounded_up():
+    # There is no number between these two.
+    losses = np.where(np.random.default_rng(0).random(500) < 0.1, 2.015625, 2.0)
+    assert dropped(np.ones(500), losses) == []
+
+
+def test_where_most_norms_are_zero_the_others_are_not_dropped():
+    norms = np.where(np.random.default_rng(0).random(500) < 0.2, 1.0, 0.0)
+    assert dropped(norms) == []
+
+
+@pytest.mark.parametrize("factor", [10.0, 1e6])
+@pytest.mark.parametrize("max_consecutive", [1, 5, 32, 100])
+def test_a_level_shift_is_dropped_until_a_quarter_of_the_window_has_seen_it(
+    factor, max_consecutive
+):
+    norms = noise()
+    norms[1000:] *= factor
+    losses = 0.1 * np.log(noise(seed=1))
+    losses[1000:] += factor
+    for streams in ([norms], [noise(), losses]):
+        steps = dropped(*streams, max_consecutive=max_consecutive)
+        # After 32 of 128 the upper quartile is at the new level.
+        cycle = max_consecutive + 1
+        expected = [1000 + step for step in range(33) if step % cycle != max_consecutive]
+        assert steps[: len(expected) - 1] == expected[:-1]
+        assert set(steps) <= set(expected)
+
+
+def test_of_norms_that_grow_for_ever_one_in_max_consecutive_and_one_passes():
+    norms = 1.1 ** np.arange(700)
+    for max_consecutive in (1, 4, 32):
+        skipped, _ = decide(norms, max_consecutive=max_consecutive)
+        passed = np.flatnonzero(~skipped)
+        assert set(np.diff(passed[passed > 200])) == {max_consecutive + 1}
+
+
+def test_of_nans_that_go_on_for_ever_none_passes_and_the_history_stays():
+    stream = noise()
+    stream[200:1900] = NAN
+    stream[1900] = 50.0
+    assert dropped(stream) == dropped(noise(), stream) == list(range(200, 1901))
+
+
+def test_nans_between_spikes_neither_count_among_these_nor_end_the_row():
+    stream = noise(600)
+    stream[500:516] = [100.0, NAN] * 8
+    passed = {506, 514}
+    expected = [step for step in range(500, 516) if step not in passed]
+    assert dropped(stream, max_consecutive=3) == expected
+    # The fourth is let through although a NaN came before it; a NaN in its place is not.
+    stream[506] = NAN
+    assert dropped(stream, max_consecutive=3)[:9] == [*range(500, 508), 509]
+
+
+# Training.
+
+SHAPES = {"b": (2,), "w": (3, 2)}
+PARAMS = random_tree(0, 1.0, SHAPES)
+SPIKES = {14: 1e3, 15: NAN, 20: 50.0, 21: 1e30, 22: INF, 23: 70.0, 39: 1e5}
+SIZES = [SPIKES.get(step, 0.1 + 0.01 * (step % 7)) for step in range(40)]
+GRADS = [
+    jax.tree.map(lambda leaf, size=size: np.float32(size) * leaf, random_tree(step, 1.0, SHAPES))
+    for step, size in enumerate(SIZES, 1)
+]
+KEPT = [grads for step, grads in enumerate(GRADS) if step not in SPIKES]
+
+
+def decayed(optimizer, **options):
+    return optimizer(optax.linear_schedule(0.1, 0, 40), **options)
+
+
+OPTIMIZERS = {
+    "adam": decayed(optax.adam),
+    "adamw": decayed(optax.adamw, weight_decay=0.1),
+    "sgd": decayed(optax.sgd, momentum=0.9),
+    "clippers": optax.chain(
+        smartclip.autoclip(50.0, history=smartclip.ring_buffer(8)),
+        smartclip.agc(0.1, scope="per_param"),
+        decayed(optax.sgd, momentum=0.9),
+    ),
+    # Which has a random key in its state.
+    "noise": optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), decayed(optax.sgd)),
+}
+
+
+@functools.cache
+def build(name, wrap=smartclip.skip_spikes):
+    """A transformation and its compiled step."""
+    tx = wrap(lenient(OPTIMIZERS[name]))
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return tx, jax.jit(step)
+
+
+def train(name, stream, **wrap):
+    """Parameters and state before the first step and after each."""
+    tx, step = build(name, **wrap)
+    history = [(PARAMS, tx.init(PARAMS))]
+    for grads in stream:
+        history.append(step(*history[-1], grads))
+    return history
+
+
+def learnt(params, state):
+    """All that a dropped step must not touch; keys as the numbers they are made of."""
+
+    def raw(leaf):
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.random.key_data(leaf) if is_key else leaf
+
+    return jax.tree.map(raw, (params, state.inner_state))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_is_bit_for_bit_the_one_in_which_dropped_steps_are_left_out(name):
+    history = train(name, GRADS)
+    for step, (before, after) in enumerate(itertools.pairwise(history)):
+        assert bool(smartclip.metrics(after[1])["skipped"]) == (step in SPIKES)
+        if step in SPIKES:
+            assert_same_bits(learnt(*after), learnt(*before))
+    shorter = train(name, KEPT)
+    assert int(smartclip.metrics(shorter[-1][1])["num_skipped"]) == 0
+    assert_same_bits(learnt(*history[-1]), learnt(*shorter[-1]))
+    # Without the wrapper it is another program, which may round otherwise.
+    params, state = train(name, KEPT, wrap=lambda tx: tx)[-1]
+    assert_close(history[-1][0], params, rtol=1e-5, atol=1e-6)
+    counts, expected = (
+        {int(count) for _, count in optax.tree.get_all_with_path(of, "count")}
+        for of in (history[-1][1], state)
+    )
+    assert counts == expected == {len(KEPT)}
+
+
+def test_eager_steps_are_bit_for_bit_those_of_the_bare_optimizer_and_make_no_nan():
+    params = np.float32([[3.0, -4.0]])
+    # Which makes a NaN of the Inf if it is given any.
+    inner = optax.chain(optax.centralize(), optax.sgd(0.1, momentum=0.9))
+    tx = smartclip.skip_spikes(inner, window=4, warmup_steps=2)
+    run, expected = (params, tx.init(params)), (params, inner.init(params))
+    for size in (1.0, 0.0, 1.0, 1e4, INF, 1.1):
+        grads = size * jnp.float32([[1.0, 2.0]])
+        with jax.debug_nans(True):
+            updates, state = tx.update(grads, run[1], run[0])
+        run = run[0] + updates, state
+        if size < 2:
+            updates, state = inner.update(grads, expected[1], expected[0])
+            expected = expected[0] + updates, state
+        assert_same_bits((run[0], run[1].inner_state), expected)
+    assert int(smartclip.metrics(run[1])["num_skipped"]) == 2
+
+
+def test_donated_steps_equal_others_and_compile_once():
+    tx, step = build("adamw")
+    donated = jax.jit(step.__wrapped__, donate_argnums=(0, 1))
+    run = jax.tree.map(jnp.array, PARAMS), tx.init(PARAMS)
+    for grads, expected in zip(GRADS, train("adamw", GRADS)[1:], strict=True):
+        read = run[0], run[1].inner_state, smartclip.metrics(run[1])["num_skipped"]
+        run = donated(*run, grads)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(read))
+        assert_same_bits(run, expected)
+    assert donated._cache_size() == 1
+
+
+def test_a_batch_of_scanned_runs_that_drop_different_steps_equals_the_runs_one_by_one():
+    tx, step = build("adamw")
+
+    def scan(stream):
+        def one(carry, grads):
+            carry = step.__wrapped__(*carry, grads)
+            return carry, smartclip.metrics(carry[1])["skipped"]
+
+        return jax.lax.scan(one, (PARAMS, tx.init(PARAMS)), stream)
+
+    streams = [GRADS[shift:] + GRADS[:shift] for shift in (0, 1, 16)]
+    streams.append([jax.tree.map(lambda leaf: 1e3 * leaf, grads) for grads in KEPT] + GRADS[:7])
+    batch = jax.tree.map(
+        lambda *leaves: np.stack(leaves).reshape(len(streams), len(GRADS), *leaves[0].shape),
+        *itertools.chain(*streams),
+    )
+    actual, skipped = jax.jit(jax.vmap(scan))(batch)
+    histories = [train("adamw", stream) for stream in streams]
+    expected = jax.tree.map(lambda *leaves: np.stack(leaves), *[runs[-1] for runs in histories])
+    assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+    for row, stream, history in zip(skipped, streams, histories, strict=True):
+        one_by_one = [smartclip.metrics(state)["skipped"] for _, state in history[1:]]
+        by_hand, _ = reference.skipped_steps([reference.norm(grads) for grads in stream])
+        np.testing.assert_array_equal(row, one_by_one)
+        np.testing.assert_array_equal(row, by_hand)
+    assert len({row.tobytes() for row in np.asarray(skipped)}) == len(streams)
+
+
+# Leaves.
+
+
+def kinds(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
+
+
+def cast_to_float32(updates, params=None):
+    del params
+    return 2 * updates.astype(jnp.float32)
+
+
+def test_updates_have_the_dtype_that_the_inner_optimizer_gives_them():
+    dtypes = [jnp.bfloat16, jnp.float16, jnp.float32]
+    inners = [optax.scale(2.0), optax.stateless(cast_to_float32)]
+    for inner, grad_dtype, param_dtype in itertools.product(inners, dtypes, dtypes):
+        tx = smartclip.skip_spikes(inner)
+        grads, params = (jnp.ones(3, dtype) for dtype in (grad_dtype, param_dtype))
+        state = tx.init(params)
+        updates, after = jax.eval_shape(tx.update, grads, state, params)
+        assert kinds(updates) == kinds(jax.eval_shape(inner.update, grads, inner.init(params))[0])
+        assert kinds(after) == kinds(state)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_gradients_of_few_bits_are_judged_by_their_true_norm(dtype):
+    tx = smartclip.skip_spikes(optax.stateless(cast_to_float32), warmup_steps=1)
+    update, state = jax.jit(tx.update), tx.init(jnp.ones(300, dtype))
+    # The sum of 300 squares of 1000 is too large for float16, and 300 too many for bfloat16.
+    for size, expected in ((1.0, 2), (1.0, 2), (1000.0, 0), (NAN, 0), (1.0, 2)):
+        updates, state = update(jnp.full(300, size, dtype), state)
+        assert_same_bits(updates, np.full(300, expected, np.float32))
+        norm = smartclip.metrics(state)["skip_norm"]
+        np.testing.assert_allclose(norm, size * np.sqrt(300), rtol=1e-6)
+
+
+def test_leaves_of_every_kind_pass_or_are_zeroed_together():
+    params = {
+        "complex": jnp.ones(2, jnp.complex64),
+        "empty": jnp.zeros((0, 2)),
+        "integer": jnp.ones(2, jnp.int32),
+        "masked": optax.MaskedNode(),
+        "none": None,
+        "scalar": jnp.float32(1.0),
+    }
+    # Which is no argument of a compiled function.
+    untouched = {"float0": np.zeros(3, jax.dtypes.float0)}
+    tx = smartclip.skip_spikes(optax.identity(), warmup_steps=1)
+    update = jax.jit(lambda grads, state: tx.update(grads | untouched, state))
+    state = tx.init(params | untouched)
+    for size, kept in ((1.0, 1), (1.0, 1), (100.0, 0), (NAN, 0)):
+        with_norm = {
+            name: params[name] * params[name].dtype.type(size) for name in ("complex", "scalar")
+        }
+        updates, state = update(params | with_norm, state)
+        expected = jax.tree.map(lambda leaf, kept=kept: leaf * leaf.dtype.type(kept), params)
+        assert_same_bits(updates, expected | untouched)
+        norm = smartclip.metrics(state)["skip_norm"]
+        np.testing.assert_allclose(norm, size * np.sqrt(3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("tree", [{"none": None}, jnp.zeros((0, 2)), jnp.arange(2)])
+def test_a_tree_without_a_norm_passes(tree):
+    tx = smartclip.skip_spikes(optax.identity())
+    state = tx.init(tree)
+    updates, after = jax.eval_shape(tx.update, tree, state)
+    assert kinds((updates, after)) == kinds((tree, state))
+
+
+def test_the_record_stays_in_float32_where_float64_is_enabled():
+    with enable_x64(True):
+        tx = smartclip.skip_spikes(optax.trace(0.9))
+        grads, value = jnp.ones(2, jnp.float64), jnp.ones((), jnp.float64)
+        state = tx.init(grads)
+        updates, after = jax.eval_shape(
+            lambda state: tx.update(grads, state, grads, value=value), state
+        )
+    assert kinds(after) == kinds(state)
+    assert kinds(updates) == kinds(grads)
+    assert {leaf.dtype.itemsize for leaf in jax.tree.leaves(state.detector)} == {1, 4}
+
+
+def test_counts_stop_at_the_largest_integer():
+    largest = 2**31 - 1
+    tx = smartclip.skip_spikes(optax.identity(), window=4)
+    grads = jnp.ones(1)
+
+    def nearly(path, leaf):
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        return leaf + (largest - 1) if name in ("num_observed", "num_skipped") else leaf
+
+    state = jax.tree_util.tree_map_with_path(nearly, tx.init(grads))
+    update = jax.jit(tx.update)
+    for size in (1.0, NAN, 1.0, NAN):
+        _, state = update(size * grads, state)
+    assert optax.tree.get(state, "num_skipped") == largest
+    np.testing.assert_array_equal(state.detector.num_observed, [largest, largest - 1])
+
+
+# Arguments.
+
+
+@pytest.mark.parametrize("value", [1.0, 1, np.float64(1), jnp.bfloat16(1), jnp.int32(1), True])
+def test_a_loss_may_be_a_number_of_any_kind(value):
+    tx = smartclip.skip_spikes(optax.identity(), window=4)
+    state = tx.init(jnp.ones(1))
+    _, after = jax.eval_shape(lambda grads: tx.update(grads, state, value=value), jnp.ones(1))
+    assert kinds(after) == kinds(state)
+
+
+def test_a_loss_may_be_given_in_some_steps_only():
+    tx = smartclip.skip_spikes(optax.identity(), window=4, warmup_steps=2)
+    update = jax.jit(tx.update)
+    state, skipped = tx.init(jnp.ones(1)), []
+    for value in (1.0, None, 1.0, None, 5.0, None, NAN, 1.0):
+        _, state = update(jnp.ones(1), state, **({} if value is None else {"value": value}))
+        skipped.append(int(smartclip.metrics(state)["skipped"]))
+    assert skipped == [0, 0, 0, 0, 1, 0, 1, 0]
+
+
+NUMBERS = {
+    "sigma": ("positive and finite", (0, 0.0, -1.0, NAN, INF, None, "6", True)),
+    "window": (
+        "a Python int from 4 to 16777216 (it sets the shape of the state)",
+        (3, 2**24 + 1, 128.0, True, None),
+    ),
+    "max_consecutive": ("a number of steps, >= 1", (0, -1, 0.5, NAN, INF, 2**31, None, True)),
+    "warmup_steps": ("a number of steps, >= 0", (-1, NAN, INF, 2**31, None, False)),
+    "inner": ("a gradient transformation, as optax.adamw(3e-4) is", (None, "adam", 3, ())),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed", "value"),
+    [(name, allowed, value) for name, (allowed, values) in NUMBERS.items() for value in values],
+)
+def test_a_bad_argument_is_named_with_its_value(name, allowed, value):
+    # What users have, whose programs do not check types.
+    factory = inspect.unwrap(smartclip.skip_spikes)
+    with pytest.raises(ValueError, match="must be") as error:
+        factory(**({"inner": optax.identity()} | {name: value}))
+    assert str(error.value) == f"`{name}` must be {allowed}, got {value!r}."
+
+
+@pytest.mark.parametrize("name", ["value", "grad_norm"])
+@pytest.mark.parametrize("shape", [(1,), (2, 3)])
+def test_a_loss_or_norm_that_is_no_scalar_is_refused(name, shape):
+    tx = smartclip.skip_spikes(optax.identity())
+    with pytest.raises(ValueError, match="must be a scalar") as error:
+        tx.update(jnp.ones(1), tx.init(jnp.ones(1)), **{name: jnp.ones(shape)})
+    assert str(error.value) == f"`{name}` must be a scalar, got the shape {shape}."
