@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two workers: more cost more in compilation than they gain.
 WORKERS ?= 2
 
-.PHONY: test demo lint format wheel bench clean
+.PHONY: test demo spikes lint format wheel bench clean
 
 test: lint
 	$(BIN)/pytest -n $(WORKERS) --cov --cov-report=term
@@ -22,6 +22,9 @@ format: $(VENV)/test
 demo: $(VENV)/demo
 	$(BIN)/python examples/train_text.py
 
+spikes: $(VENV)/demo
+	$(BIN)/python benchmarks/spikes.py
+
 # The wheel of a clean tree, installed into an environment with its dependencies and nothing else.
 wheel:
 	rm -rf dist && mkdir dist
@@ -34,7 +37,6 @@ wheel:
 
 bench: $(VENV)/test
 	$(BIN)/python benchmarks/auto_rules.py
-	$(BIN)/python benchmarks/ten_streams.py
 
 # A stamp per set of extras, renewed when the dependencies change.
 $(VENV)/test $(VENV)/demo: $(VENV)/%: pyproject.toml | $(BIN)/uv

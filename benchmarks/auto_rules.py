@@ -1,8 +1,10 @@
 """Which rule should `autoclip()` follow when it is given no percentile?
 
-Runs candidates, written in NumPy, over the ten streams of `streams.py` with several seeds, and
+Runs candidates, written in NumPy, over the streams of `streams.py` with several seeds, and
 prints for each how many seeds pass and the worst figure of each mark. The two families are a
 multiple of the rolling median, and the upper quartile plus a multiple of the interquartile range.
+All start alike, as `autoclip()` does: until there are 10 norms, the threshold is 3 times their
+median, from the first norm on.
 
     python benchmarks/auto_rules.py [--seeds 20]
 """
@@ -17,7 +19,8 @@ import streams
 
 Threshold = Callable[[list[float]], float]
 
-WARMUP_STEPS = 10
+EARLY_NORMS = 10
+EARLY_FACTOR = 3.0
 
 
 def quantile(ordered: list[float], fraction: float) -> float:
@@ -45,13 +48,15 @@ def fence_rule(factor: float) -> Threshold:
 
 def clipper(threshold: Threshold, window: int) -> streams.Clipper:
     """Clips by a function of the last `window` finite raw norms before the current, sorted."""
+    early = median_rule(EARLY_FACTOR)
 
     def run(norms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         arrived: list[float] = []
         ordered: list[float] = []
         clipped, thresholds = [], []
         for norm in norms:
-            limit = threshold(ordered) if len(arrived) >= WARMUP_STEPS else np.inf
+            rule = threshold if len(arrived) >= EARLY_NORMS else early
+            limit = rule(ordered) if ordered else np.inf
             limit = limit if limit > 0 else np.inf
             thresholds.append(limit)
             clipped.append(min(norm, limit) if np.isfinite(norm) else 0.0)
@@ -62,7 +67,7 @@ def clipper(threshold: Threshold, window: int) -> streams.Clipper:
                     ordered.remove(arrived[-window - 1])
         return np.array(clipped), np.array(thresholds)
 
-    return run
+    return streams.global_scope(run)
 
 
 CANDIDATES = {
