@@ -237,7 +237,7 @@ import flax.serialization
 
 target = tx.init(params)  # which tells Flax of the states
 restored = flax.serialization.from_bytes(target, flax.serialization.to_bytes(state))
-print(restored.num_observed, np.array_equal(restored.rule.ring, state.rule.ring))
+print(restored.num_observed, np.array_equal(restored.rule.history.ring, state.rule.history.ring))
 """
     output = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
