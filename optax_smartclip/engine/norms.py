@@ -5,7 +5,7 @@ leaves, in one read. Only when a sum overflows, or is so small that squares may 
 to zero, is the gradient read once more, scaled by a power of two that brings its squares back
 into range:
 
-    norm = sqrt(sum((f * x) ** 2)) / f        with f = 2 ** -70 or 2 ** 70 in float32
+    norm = sqrt(sum((f * x) ** 2)) / f        with f = 2 ** -70, or 2 ** 70, in float32
 
 A power of two rounds nothing, so the second reading is as exact as the first would have been.
 """
@@ -45,6 +45,12 @@ class Partition(NamedTuple):
 
 def by_leaf(index: Sequence[int], num_groups: int) -> Partition:
     """Groups made of whole arrays: array `i` belongs to group `index[i]`."""
+    return _by_leaf(tuple(index), num_groups)
+
+
+# One object for each partition, by which eager steps find the program that they have compiled.
+@functools.lru_cache(maxsize=64)
+def _by_leaf(index: tuple[int, ...], num_groups: int) -> Partition:
     members: list[list[int]] = [[] for _ in range(num_groups)]
     for position, group in enumerate(index):
         members[group].append(position)
@@ -53,23 +59,50 @@ def by_leaf(index: Sequence[int], num_groups: int) -> Partition:
         sums = [jnp.sum(array) for array in arrays]
         zero = jnp.zeros((), sums[0].dtype if sums else jnp.float32)
 
-        # Stacked and reduced, not scattered: this fixes the order of the additions, also on a
-        # GPU, so that a resumed run repeats every bit.
+        # By pairs: this fixes the order of the additions, also on a GPU, so that a resumed run
+        # repeats every bit. Of thousands that are stacked, XLA would make one slow-to-compile loop.
         def add(group: list[int]) -> Float[Array, ""]:
-            terms = [sums[position] for position in group]
-            return jnp.sum(jnp.stack(terms)) if len(terms) > 1 else (terms or [zero])[0]
+            terms = [sums[position] for position in group] or [zero]
+            while len(terms) > 1:
+                pairs = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)]
+                terms = pairs + terms[len(terms) // 2 * 2 :]
+            return terms[0]
 
         return jnp.stack([add(group) for group in members]) if members else zero[None][:0]
 
-    def spread(values: Float[Array, " groups"] | Mask) -> list[Array]:
-        return [values[group] for group in index]
+    def spread(values: Float32[Array, " groups"]) -> list[Array]:
+        scalars = _apart(values)
+        return [scalars[group] for group in index]
 
     return Partition(total, spread)
 
 
+@jax.jit
+def _apart(values: Float32[Array, " groups"]) -> tuple[Float32[Array, ""], ...]:
+    """The values, each as an array of its own.
+
+    Of a slice, XLA's CPU compiler makes a part of every loop that it is used in, with the whole
+    way to the values: no two leaves of one shape share a program then, and thousands of leaves
+    take minutes to compile. It does not look behind a branch, so the slices are behind one; where
+    nothing is clipped, all are the same.
+    """
+    num = values.shape[0]
+    scalars: tuple[Array, ...] = jax.lax.cond(
+        jnp.any(values != 1.0),
+        lambda values: tuple(values[place] for place in range(num)),
+        lambda values: tuple(values[0] for _ in range(num)),
+        values,
+    )
+    return scalars
+
+
 def by_unit(axes: Sequence[tuple[int, ...]]) -> Partition:
     """Groups within arrays: array `i` is summed over `axes[i]`, and what remains are its units."""
+    return _by_unit(tuple(axes))
 
+
+@functools.lru_cache(maxsize=64)
+def _by_unit(axes: tuple[tuple[int, ...], ...]) -> Partition:
     def total(arrays: list[Array]) -> list[Array]:
         # keepdims, because a broadcast of the result would lose the sharding of an array on a
         # mesh with explicit axes.
@@ -103,46 +136,100 @@ def group_norms(
         Norms; NaN or Inf where a group has a NaN or Inf, or where the true norm is beyond
         float32. Elements below the smallest normal number may count as zero.
     """
-    dtype = jnp.float64 if any(_is_double(array) for array in arrays) else jnp.float32
+    if isinstance(axis_name, Sequence) and not isinstance(axis_name, str):
+        axis_name = tuple(axis_name)
+    return _compiled_group_norms(partition, axis_name, exact_below, exact_above, arrays)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def _group_norms(
+    partition: Partition,
+    axis_name: AxisName,
+    exact_below: bool,
+    exact_above: bool,
+    arrays: list[Inexact[Array, "..."]],
+) -> GroupValues:
+    dtype = _accumulator(arrays)
     finfo = jnp.finfo(dtype)
     # Half of the exponents, and 6 more as room for the sum over many elements.
-    power = finfo.maxexp // 2 + 6
+    factor = 2.0 ** (finfo.maxexp // 2 + 6)
     # 2 ** 40 elements may each lose a square just below `tiny`: from here on, all of them
     # together are less than the rounding of the sum.
     floor = float(finfo.tiny) * 2.0**64 if exact_below else 0.0
 
-    def sums(squares: list[Array]) -> GroupValues:
-        total = partition.total(squares)
-        return total if axis_name is None else jax.lax.psum(total, axis_name)
-
-    def direct(arrays: list[Array], totals: GroupValues) -> GroupValues:
-        del arrays
-        return jax.tree.map(safe_sqrt, totals)
-
-    def rescaled(arrays: list[Array], totals: GroupValues) -> GroupValues:
-        def factor(total: Array) -> Array:
-            small = jnp.where(total < floor, 2.0**power, 1.0)
-            return jnp.where(jnp.isinf(total), 2.0**-power, small).astype(dtype)
-
-        factors = jax.tree.map(factor, totals)
-        scaled = [
-            _squares(array, dtype, by)
-            for array, by in zip(arrays, partition.spread(factors), strict=True)
-        ]
-        return jax.tree.map(lambda total, by: safe_sqrt(total) / by, sums(scaled), factors)
-
-    totals = sums([_squares(array, dtype) for array in arrays])
-    out_of_range = [
-        jnp.any((jnp.isinf(total) & exact_above) | (total < floor))
-        for total in jax.tree.leaves(totals)
-        if exact_below or exact_above
-    ]
-    if not out_of_range:
-        return jax.tree.map(as_float32, direct([], totals))
-    norms = jax.lax.cond(
-        functools.reduce(operator.or_, out_of_range), rescaled, direct, arrays, totals
-    )
+    totals = _sum_over(partition.total([_squares(array, dtype) for array in arrays]), axis_name)
+    norms = jax.tree.map(safe_sqrt, totals)
+    if exact_above:
+        large = jax.tree.map(jnp.isinf, totals)
+        norms = _read_again(partition, axis_name, arrays, norms, large, 1 / factor)
+    if exact_below:
+        small = jax.tree.map(lambda total: total < floor, totals)
+        norms = _read_again(partition, axis_name, arrays, norms, small, factor)
     return jax.tree.map(as_float32, norms)
+
+
+def _read_again(
+    partition: Partition,
+    axis_name: AxisName,
+    arrays: list[Array],
+    norms: GroupValues,
+    wanted: GroupValues,
+    factor: float,
+) -> GroupValues:
+    """The norms, those that are `wanted` from elements times `factor`, if there are any."""
+    found = jnp.zeros((), bool)
+    for mask in jax.tree.leaves(wanted):
+        found |= jnp.any(mask)
+
+    # The same factor for all groups: those that differ would make each leaf's loop a program of its
+    # own. From outside of the branch, because what is computed in it would be in every loop, and a
+    # constant would be squared by the compiler, and overflow.
+    def again(arrays: list[Array], norms: GroupValues, by: Array) -> GroupValues:
+        squares = [_squares(array, by.dtype, by) for array in arrays]
+        totals = _sum_over(partition.total(squares), axis_name)
+        return jax.tree.map(
+            lambda total, norm, mask: jnp.where(mask, safe_sqrt(total) / by, norm),
+            totals,
+            norms,
+            wanted,
+        )
+
+    by = jnp.where(found, factor, 1.0).astype(_accumulator(arrays))
+    new: GroupValues = jax.lax.cond(found, again, lambda _, norms, __: norms, arrays, norms, by)
+    return new
+
+
+# The sum of (x / norm) * dx, in which no square overflows or is lost, and no root is taken of 0.
+@_group_norms.defjvp
+def _group_norms_jvp(
+    partition: Partition,
+    axis_name: AxisName,
+    exact_below: bool,
+    exact_above: bool,
+    primals: tuple[list[Array]],
+    tangents: tuple[list[Array]],
+) -> tuple[GroupValues, GroupValues]:
+    (arrays,), (changes,) = primals, tangents
+    dtype = _accumulator(arrays)
+    norms = _group_norms(partition, axis_name, exact_below, exact_above, arrays)
+
+    def product(array: Array, norm: Array, change: Array) -> Array:
+        known = jnp.isfinite(norm) & (norm > 0)
+        divisor = jnp.where(known, norm, 1.0).astype(dtype)
+        pairs = zip(_parts(array), _parts(change), strict=True)
+        terms = [
+            jnp.where(known, x.astype(dtype), 0.0) / divisor * dx.astype(dtype) for x, dx in pairs
+        ]
+        return functools.reduce(operator.add, terms)
+
+    products = [
+        product(*values) for values in zip(arrays, partition.spread(norms), changes, strict=True)
+    ]
+    return norms, jax.tree.map(as_float32, _sum_over(partition.total(products), axis_name))
+
+
+# Eager steps would otherwise trace the two branches anew each time.
+_compiled_group_norms = jax.jit(_group_norms, static_argnums=(0, 1, 2, 3))
 
 
 def is_inexact(leaf: Any) -> bool:
@@ -161,17 +248,27 @@ def working_dtype(dtype: Any) -> Any:
     return dtype if jnp.dtype(dtype).itemsize > 4 else jnp.dtype(jnp.float32)
 
 
-def _is_double(array: Array) -> bool:
-    return jnp.finfo(array.dtype).bits == 64
+def _accumulator(arrays: list[Array]) -> Any:
+    """The dtype in which squares are summed."""
+    is_double = any(jnp.finfo(array.dtype).bits == 64 for array in arrays)
+    return jnp.float64 if is_double else jnp.float32
+
+
+def _sum_over(totals: GroupValues, axis_name: AxisName) -> GroupValues:
+    return totals if axis_name is None else jax.lax.psum(totals, axis_name)
+
+
+def _parts(array: Inexact[Array, "..."]) -> tuple[Float[Array, "..."], ...]:
+    """Real and imaginary part, or the array itself."""
+    is_complex = jnp.issubdtype(array.dtype, jnp.complexfloating)
+    return (array.real, array.imag) if is_complex else (array,)
 
 
 def _squares(
-    array: Inexact[Array, "..."], dtype: Any, scale: Float[Array, "..."] | None = None
+    array: Inexact[Array, "..."], dtype: Any, scale: Float[Array, ""] | None = None
 ) -> Float[Array, "..."]:
     """The squared magnitude of each element of `array`, times `scale` squared if given."""
-    is_complex = jnp.issubdtype(array.dtype, jnp.complexfloating)
-    parts = (array.real, array.imag) if is_complex else (array,)
-    lifted = [part.astype(dtype) for part in parts]
+    lifted = [part.astype(dtype) for part in _parts(array)]
     if scale is not None:
         lifted = [part * scale for part in lifted]
     return functools.reduce(operator.add, [jnp.square(part) for part in lifted])

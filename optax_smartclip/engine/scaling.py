@@ -8,9 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Inexact
+from jaxtyping import Array, Float32, Inexact
 
 from optax_smartclip.engine.norms import GroupValues, Partition, as_float32, working_dtype
+
+# In place of a scale, where the norm is not finite.
+_NOT_FINITE = -1.0
 
 
 def clip_arrays(
@@ -21,19 +24,14 @@ def clip_arrays(
     nonfinite: str,
 ) -> list[Array]:
     """Each array times the scale of its group, or of each of the groups within it."""
-    finite = jax.tree.map(jnp.isfinite, norms)
-    # An infinite norm has the scale 0, which times Inf would be NaN, if only until it is dropped.
     scales = jax.tree.map(
-        lambda norm, limit, keep: jnp.where(keep, clip_scale(norm, limit), 1.0),
+        lambda norm, limit: jnp.where(jnp.isfinite(norm), clip_scale(norm, limit), _NOT_FINITE),
         norms,
         limits,
-        finite,
     )
     return [
-        scale_array(array, scale, keep, nonfinite)
-        for array, scale, keep in zip(
-            arrays, partition.spread(scales), partition.spread(finite), strict=True
-        )
+        scale_array(array, scale, nonfinite)
+        for array, scale in zip(arrays, partition.spread(scales), strict=True)
     ]
 
 
@@ -77,17 +75,16 @@ def _ratio_jvp(primals: Any, tangents: Any) -> Any:
 
 
 def scale_array(
-    array: Inexact[Array, "*shape"],
-    scale: Float32[Array, "..."],
-    finite: Bool[Array, "..."],
-    nonfinite: str,
+    array: Inexact[Array, "*shape"], scale: Float32[Array, "..."], nonfinite: str
 ) -> Inexact[Array, "*shape"]:
     """Multiplies in at least float32 and returns the dtype of `array`.
 
-    Where `finite` is False, the result is zero (selected, as NaN times zero would be NaN) or,
-    with `nonfinite="propagate"`, the array itself.
+    Where the scale is negative, as of a norm that is not finite, the result is zero or, with
+    `nonfinite="propagate"`, the array itself.
     """
     dtype = working_dtype(array.dtype)
-    scaled = (array.astype(dtype) * scale.astype(dtype)).astype(array.dtype)
-    other = jnp.zeros((), array.dtype) if nonfinite == "zero" else array
-    return jnp.where(finite, scaled, other)
+    finite = scale >= 0
+    # NaN times zero is NaN, and so would be the derivative if zeros were selected afterwards.
+    kept = jnp.where(finite, array, jnp.zeros((), array.dtype)) if nonfinite == "zero" else array
+    scaled = (kept.astype(dtype) * jnp.abs(scale).astype(dtype)).astype(array.dtype)
+    return scaled if nonfinite == "zero" else jnp.where(finite, scaled, array)

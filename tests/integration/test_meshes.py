@@ -215,6 +215,29 @@ def test_shard_map_refuses_a_split_gradient_without_axis_name():
         jax.eval_shape(update, PARAMS, tx.init(PARAMS), PARAMS)
 
 
+@pytest.mark.parametrize("name", ["autoclip", "autoclip_p95_per_param", "agc"])
+def test_each_device_of_a_shard_map_may_clip_a_gradient_of_its_own(name):
+    tx = CLIPPERS[name](max_norm=1.0)
+    params = {"w": np.full(3, 100.0, np.float32), "b": np.full(2, 100.0, np.float32)}
+    sizes = np.float32([0.1, 1.0, 2.0, 50.0])
+    grads = jax.tree.map(lambda leaf: np.multiply.outer(sizes, leaf / 100), params)
+    states = jax.tree.map(lambda leaf: np.stack([leaf] * 4), tx.init(params))
+
+    def of_one(grads, state):
+        updates, state = tx.update(*jax.tree.map(lambda leaf: leaf[0], (grads, state)), params)
+        return jax.tree.map(lambda leaf: leaf[None], (updates, state))
+
+    mesh = make_mesh(AxisType.Auto, 4)
+    update = jax.jit(jax.shard_map(of_one, mesh=mesh, in_specs=P("x"), out_specs=P("x")))
+    updates, _ = jax.block_until_ready(update(grads, states))
+    for place in range(4):
+        expected, _ = tx.update(
+            jax.tree.map(lambda leaf, place=place: leaf[place], grads), tx.init(params), params
+        )
+        got = jax.tree.map(lambda leaf, place=place: np.asarray(leaf)[place], updates)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, expected)
+
+
 def test_shard_map_over_explicit_axes_and_several_names():
     tx = smartclip.autoclip(max_norm=1.0, axis_name=("x", "y"))
     grads = {"w": np.float32(1e30 * np.random.default_rng(0).normal(size=(8, 4)))}
