@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two workers: more cost more in compilation than they gain.
 WORKERS ?= 2
 
-.PHONY: test demo spikes lint format wheel bench clean
+.PHONY: test demo spikes lint format wheel bench rules clean
 
 test: lint
 	$(BIN)/pytest -n $(WORKERS) --cov --cov-report=term
@@ -36,6 +36,10 @@ wheel:
 	cd dist && venv/bin/python -c "import optax_smartclip as s; print(s.__version__, s.autoclip())"
 
 bench: $(VENV)/test
+	$(BIN)/python benchmarks/bench.py
+
+# Why autoclip() follows the rule that it does.
+rules: $(VENV)/test
 	$(BIN)/python benchmarks/auto_rules.py
 
 # A stamp per set of extras, renewed when the dependencies change.

@@ -12,6 +12,7 @@ import optax_smartclip as smartclip
 
 MIGRATING = ROOT / "docs" / "migrating.md"
 INTEGRATIONS = ROOT / "docs" / "integrations.md"
+PROMISES = ROOT / "docs" / "promises.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
@@ -26,8 +27,9 @@ def test_every_page_is_linked_by_the_readme():
         assert f"](docs/{page.name})" in readme
 
 
-def test_every_row_of_what_it_runs_with_has_its_test():
-    tables = re.findall(r"^\|---.*\n((?:\|.*\n)+)", INTEGRATIONS.read_text(), flags=re.MULTILINE)
+@pytest.mark.parametrize("page", [INTEGRATIONS, PROMISES], ids=lambda page: page.stem)
+def test_every_row_of_what_it_runs_with_and_of_what_we_promise_has_its_test(page):
+    tables = re.findall(r"^\|---.*\n((?:\|.*\n)+)", page.read_text(), flags=re.MULTILINE)
     rows = [row for table in tables for row in table.splitlines()]
     assert len(rows) > 40
     for row in rows:

@@ -1,0 +1,709 @@
+"""What clipping costs: time, memory traffic, memory and compilation, next to what others cost.
+
+Times compiled training steps without a model: the gradient is random and always the same, so that
+a step is the clipper, the optimizer and `optax.apply_updates`, with parameters and states donated.
+Prints a table for each model and optimizer, then the targets with what was measured; writes all
+figures to `bench.json`.
+
+    python benchmarks/bench.py [--out bench] [--models 24M toy] [--clippers agc] [--repeats 15]
+                               [--quick]
+
+Each clipper is compared with one other, its reference, in pairs: some steps of one, some steps of
+the other, in an order that changes each time, on the same buffers. `ratio` is the median over the
+pairs, with quartiles, so that it hardly depends on what else the machine does.
+
+- step: median time in milliseconds (microseconds on the toy model).
+- floor: step in units of what it would take if the norm cost no more than to read the gradient: the
+  optimizer's own time plus one read at the bandwidth at which this machine copies.
+- bytes: what XLA says the step reads and writes, in units of the size of the parameters. XLA counts
+  the costlier branch of a conditional; this is the other one, which a step takes unless the squares
+  of a gradient overflow or underflow. In brackets, where it differs: as XLA counts.
+- temp: temporary memory of the program, in units of the size of the parameters. On a CPU, a program
+  takes it from the system anew in each step, which with pages of 4 kB costs more than its traffic:
+  GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment shows how much.
+- compile: seconds to trace, lower and compile, after all caches were emptied: once, but the median
+  of three, in turns, for `autoclip()` before AdamW and its reference on the model of 24 M.
+- state: bytes that the clipper keeps.
+
+Two of the others take the norm to the host in every step: `smartclip 0.1.1` runs eagerly (with
+warm-up off and `jax.tree_map`, which newer JAX has no more, put back), and `norm on the host` is
+what users of PyTorch's `clip_grad_norm_` write: norm in one program, `float()`, scale in another.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import smartclip as smartclip_011
+from smartclip.backends.jax import apply_grads as apply_grads_011
+
+import optax_smartclip as smartclip
+
+Tree = Any
+Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
+
+# Of steps that are timed together, in seconds: long beside the clock and short beside the noise.
+BATCH = 0.03
+MAX_BATCH = 500
+REPEATS = 15
+QUICK_REPEATS = 5
+COPIED_BYTES = 2**27
+
+
+# Models.
+
+
+def gpt(layers: int, width: int, vocabulary: int) -> Tree:
+    """Shapes of a GPT-2."""
+
+    def norm() -> Tree:
+        return {"scale": (width,), "bias": (width,)}
+
+    def dense(inputs: int, outputs: int) -> Tree:
+        return {"kernel": (inputs, outputs), "bias": (outputs,)}
+
+    blocks = {
+        f"block{number:02d}": {
+            "norm1": norm(),
+            "qkv": dense(width, 3 * width),
+            "out": dense(width, width),
+            "norm2": norm(),
+            "up": dense(width, 4 * width),
+            "down": dense(4 * width, width),
+        }
+        for number in range(layers)
+    }
+    return {"tokens": (vocabulary, width), "places": (1024, width), "norm": norm(), **blocks}
+
+
+def transformer_blocks(layers: int, width: int) -> Tree:
+    """The same without embeddings: 12 leaves for each layer."""
+    shapes = gpt(layers, width, 1)
+    return {name: leaves for name, leaves in shapes.items() if name.startswith("block")}
+
+
+def resnet50() -> Tree:
+    """Shapes of a ResNet-50: 161 leaves."""
+
+    def unit(size: int, inputs: int, outputs: int) -> Tree:
+        return {"conv": (size, size, inputs, outputs), "scale": (outputs,), "bias": (outputs,)}
+
+    shapes = {"stem": unit(7, 3, 64)}
+    inputs = 64
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        width = 64 * 2**stage
+        for block in range(blocks):
+            name = f"stage{stage}_block{block}"
+            shapes[name] = {
+                "first": unit(1, inputs, width),
+                "second": unit(3, width, width),
+                "third": unit(1, width, 4 * width),
+            }
+            if block == 0:
+                shapes[name]["shortcut"] = unit(1, inputs, 4 * width)
+            inputs = 4 * width
+    return {**shapes, "head": {"kernel": (inputs, 1000), "bias": (1000,)}}
+
+
+def small_matrices(pairs: int, size: int = 32) -> Tree:
+    """Many small leaves."""
+    return {f"layer{n:04d}": {"kernel": (size, size), "bias": (size,)} for n in range(pairs)}
+
+
+GPT24, GPT124, RESNET = "GPT 24M", "GPT-2 124M", "ResNet-50"
+LEAVES300, LEAVES2000, TOY = "300 leaves", "2000 leaves", "toy"
+MODELS: dict[str, Callable[[], Tree]] = {
+    TOY: lambda: {"kernel": (3, 3), "bias": (1,)},
+    GPT24: lambda: gpt(10, 384, 16_000),
+    RESNET: resnet50,
+    LEAVES300: lambda: transformer_blocks(25, 192),
+    GPT124: lambda: gpt(12, 768, 50_257),
+    LEAVES2000: lambda: small_matrices(1000),
+}
+
+
+def random_tree(shapes: Tree, seed: int, size: float) -> Tree:
+    """Arrays on the device, normally distributed."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(np.float32(size) * rng.standard_normal(shape, np.float32)),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def num_bytes(tree: Tree) -> int:
+    """Of all leaves."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+# Clippers and optimizers.
+
+
+def before(clipper: optax.GradientTransformation) -> Wrap:
+    """Puts a clipper before an optimizer."""
+    return lambda optimizer: optax.chain(clipper, optimizer)
+
+
+def percentile(size: int, scope: str = "global") -> Wrap:
+    """AutoClip's percentile over a window."""
+    return before(smartclip.autoclip(90.0, history=smartclip.ring_buffer(size), scope=scope))
+
+
+NONE = "no clipping"
+GLOBAL, ADAPTIVE = "clip_by_global_norm(1)", "adaptive_grad_clip(0.01)"
+AUTO, AGC = "autoclip()", "agc()"
+WINDOW128, WINDOW1024, WINDOW65536 = (f"autoclip(90, window={size})" for size in (128, 1024, 65536))
+PER_PARAM = "autoclip(90, window=1024, per_param)"
+EAGER, FETCHED = "smartclip 0.1.1", "norm on the host"
+
+CLIPPERS: dict[str, Wrap] = {
+    NONE: lambda optimizer: optimizer,
+    GLOBAL: before(optax.clip_by_global_norm(1.0)),
+    ADAPTIVE: before(optax.adaptive_grad_clip(0.01)),
+    "clip_by_block_rms(1)": before(optax.clip_by_block_rms(1.0)),
+    AUTO: before(smartclip.autoclip()),
+    WINDOW128: percentile(128),
+    WINDOW1024: percentile(1024),
+    WINDOW65536: percentile(65536),
+    PER_PARAM: percentile(1024, "per_param"),
+    "autoclip(10, log_histogram)": before(
+        smartclip.autoclip(10.0, history=smartclip.log_histogram())
+    ),
+    "zscore_clip()": before(smartclip.zscore_clip()),
+    AGC: before(smartclip.agc()),
+    "skip_spikes(chain(autoclip(), tx))": lambda optimizer: smartclip.skip_spikes(
+        optax.chain(smartclip.autoclip(), optimizer)
+    ),
+}
+ON_THE_HOST = (FETCHED, EAGER)
+REFERENCES = {AGC: ADAPTIVE, WINDOW65536: WINDOW128}
+
+ADAMW, SGD, ALONE = "adamw", "sgd", "alone"
+OPTIMIZERS = {
+    ADAMW: lambda: optax.adamw(3e-4),
+    SGD: lambda: optax.sgd(1e-3),
+    ALONE: optax.identity,
+}
+
+# What is measured by default: which clippers, on which model, before which optimizer.
+CELLS: dict[tuple[str, str], tuple[str, ...]] = {
+    (TOY, ADAMW): (*CLIPPERS, *ON_THE_HOST),
+    (GPT24, ADAMW): (*CLIPPERS, *ON_THE_HOST),
+    (GPT24, SGD): (NONE, "clip_by_block_rms(1)", AUTO, AGC),
+    (GPT24, ALONE): (AUTO, AGC),
+    (RESNET, SGD): (NONE, AUTO, AGC),
+    (LEAVES300, ADAMW): (NONE, AUTO, PER_PARAM),
+    (GPT124, ADAMW): (NONE, AUTO),
+    (LEAVES2000, ADAMW): (PER_PARAM,),
+}
+QUICK = {(TOY, ADAMW): (NONE, AUTO, WINDOW1024), (GPT24, ADAMW): (NONE, AUTO)}
+# Compiled so often; of the others once, because they take long or no target asks for them.
+COMPILATIONS = {(GPT24, ADAMW, AUTO): 3, (GPT24, ADAMW, GLOBAL): 3}
+
+
+# Steps.
+
+
+class World:
+    """What all steps on one model with one optimizer work on, one after the other."""
+
+    def __init__(self, shapes: Tree, optimizer: optax.GradientTransformation, alone: bool):
+        self.params = random_tree(shapes, 0, 0.02)
+        self.grads = random_tree(shapes, 1, 0.01)
+        self.optimizer = optimizer
+        self.opt_state = optimizer.init(self.params)
+        self.alone = alone
+
+
+class Program:
+    """A step as one compiled program, and what is known of it without running it."""
+
+    def __init__(self, world: World, wrap: Wrap):
+        self.world = world
+        self.tx = wrap(world.optimizer)
+        # The optimizer's state goes where a transformation in its place leaves this mark.
+        mark = object()
+        marked = wrap(optax.GradientTransformation(lambda _: mark, world.optimizer.update))
+        own, self.structure = jax.tree.flatten(marked.init(world.params))
+        self.place = own.index(mark)
+        self.own = own
+        self.state_bytes = sum(leaf.nbytes for leaf in own if leaf is not mark)
+        self.compile_times: list[float] = []
+        self.compile()
+
+    def compile(self) -> None:
+        """Anew."""
+        world, tx = self.world, self.tx
+
+        def step(params, state, grads):
+            updates, state = tx.update(grads, state, params)
+            return (updates if world.alone else optax.apply_updates(params, updates)), state
+
+        donated = (1,) if world.alone else (0, 1)
+        state = self.full_state()
+        jax.clear_caches()
+        start = time.perf_counter()
+        lowered = jax.jit(step, donate_argnums=donated).lower(world.params, state, world.grads)
+        self.call = lowered.compile()
+        self.compile_times.append(time.perf_counter() - start)
+
+    def full_state(self) -> Tree:
+        """The clipper's state together with the optimizer's."""
+        leaves = list(self.own)
+        leaves[self.place] = self.world.opt_state
+        return jax.tree.unflatten(self.structure, leaves)
+
+    def run(self, steps: int) -> float:
+        """Seconds per step."""
+        world, call = self.world, self.call
+        params, state, grads = world.params, self.full_state(), world.grads
+        start = time.perf_counter()
+        if world.alone:
+            for _ in range(steps):
+                updates, state = call(params, state, grads)
+            jax.block_until_ready((updates, state))
+        else:
+            for _ in range(steps):
+                params, state = call(params, state, grads)
+            jax.block_until_ready((params, state))
+        seconds = (time.perf_counter() - start) / steps
+        self.own = self.structure.flatten_up_to(state)
+        world.params, world.opt_state = params, self.own[self.place]
+        return seconds
+
+
+class HostProgram:
+    """A step that takes the norm to the host."""
+
+    state_bytes = None
+    call = None
+    compile_times = ()
+
+    def __init__(self, world: World, label: str):
+        self.world = world
+
+        def apply(params, state, grads, scale):
+            grads = jax.tree.map(lambda grad: scale * grad, grads)
+            updates, state = world.optimizer.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        optimize = jax.jit(apply, donate_argnums=(0, 1))
+
+        if label == FETCHED:
+            norm_of = jax.jit(optax.tree.norm)
+
+            def step(params, state, grads):
+                scale = min(1.0, 1.0 / (float(norm_of(grads)) + 1e-6))
+                return optimize(params, state, grads, scale)
+        else:
+            jax.tree_map = jax.tree.map
+            clipper = smartclip_011.AutoClip(warmup_steps=0, min_history=0)
+
+            def step(params, state, grads):
+                return optimize(params, state, apply_grads_011(grads, params, clipper), 1.0)
+
+        self.step = step
+
+    def run(self, steps: int) -> float:
+        """Seconds per step."""
+        world = self.world
+        start = time.perf_counter()
+        for _ in range(steps):
+            world.params, world.opt_state = self.step(world.params, world.opt_state, world.grads)
+        jax.block_until_ready((world.params, world.opt_state))
+        return (time.perf_counter() - start) / steps
+
+
+class Times(NamedTuple):
+    """Of two programs, pair by pair."""
+
+    own: np.ndarray
+    reference: np.ndarray
+
+    def ratio(self) -> np.ndarray:
+        """Median, first and third quartile."""
+        return np.percentile(self.own / self.reference, [50, 25, 75])
+
+    def extra(self) -> np.ndarray:
+        """Seconds that it takes longer: median, first and third quartile."""
+        return np.percentile(self.own - self.reference, [50, 25, 75])
+
+
+def run_pairs(own: Any, reference: Any, repeats: int) -> Times:
+    """Some steps of one, some of the other, and so on."""
+    first = [min(program.run(1) for _ in range(2)) for program in (own, reference)]
+    steps = max(1, min(MAX_BATCH, round(BATCH / max(first))))
+    pairs = []
+    for number in range(repeats):
+        order = (own, reference) if number % 2 else (reference, own)
+        seconds = {program: program.run(steps) for program in order}
+        pairs.append((seconds[own], seconds[reference]))
+    return Times(*np.array(pairs).T)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, in memory that is already there."""
+    step = jax.jit(lambda array: array + 1.0, donate_argnums=0)
+    array = jnp.zeros(COPIED_BYTES // 4)
+    times = []
+    for _ in range(12):
+        start = time.perf_counter()
+        array = step(array).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * COPIED_BYTES / float(np.median(times[2:]))
+
+
+# Figures of a compiled program.
+
+
+def xla_bytes(compiled: Any) -> float | None:
+    """What XLA says that a program reads and writes; None where it does not say."""
+    analysis = compiled.cost_analysis()
+    analysis = analysis[0] if isinstance(analysis, list) else analysis
+    return (analysis or {}).get("bytes accessed")
+
+
+def usual_bytes(compiled: Any) -> float | None:
+    """The same, but with the cheaper branch of each conditional instead of the costlier."""
+    total = xla_bytes(compiled)
+    if total is None:
+        return None
+    text = compiled.as_text()
+    for line in text.splitlines():
+        if " conditional(" in line:
+            each = [computation_bytes(text, name) for name in branches(line)]
+            total -= max(each) - min(each)
+    return total
+
+
+def branches(line: str) -> list[str]:
+    """The names of the computations that a conditional chooses from."""
+    listed = re.search(r"branch_computations=\{(.*?)\}", line)
+    if listed:
+        return re.findall(r"%?([\w.-]+)", listed[1])
+    return re.findall(r"(?:true|false)_computation=%?([\w.-]+)", line)
+
+
+# They move nothing, or what they move is counted where it is computed.
+FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "conditional"}
+
+
+def computation_bytes(text: str, name: str) -> int:
+    """Operands and results of all instructions of one computation of a program."""
+    body = re.search(rf"^(?:ENTRY )?%?{re.escape(name)} .*?\{{\n(.*?)^\}}", text, re.M | re.S)[1]
+    instructions = re.findall(
+        r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(?:, |$)", body, re.M
+    )
+    sizes = {label: shape_bytes(shape) for label, shape, *_ in instructions}
+    total = 0
+    for label, _, operation, operands in instructions:
+        if operation not in FREE:
+            names = re.findall(r"%([\w.-]+)", operands)
+            total += sizes[label] + sum(sizes.get(operand, 0) for operand in names)
+    return total
+
+
+def shape_bytes(shape: str) -> int:
+    """Of one array or a tuple of them, as XLA writes them: `f32[3,4]{1,0}`."""
+    total = 0
+    for kind, dimensions in re.findall(r"([a-z]+\d*)\w*\[([\d,]*)\]", shape):
+        bits = int(re.sub(r"\D", "", kind) or 8)
+        total += math.prod(int(size) for size in dimensions.split(",") if size) * bits // 8
+    return total
+
+
+def temporary_bytes(compiled: Any) -> int | None:
+    """Temporary memory; None where XLA does not say."""
+    analysis = compiled.memory_analysis()
+    return None if analysis is None else analysis.temp_size_in_bytes
+
+
+# The table.
+
+
+class Row(NamedTuple):
+    """The figures of one clipper; times in seconds, sizes in units of the parameters' size.
+
+    Attributes:
+        ratio, extra: Time in units of the reference's and less the reference's: median, quartiles.
+    """
+
+    model: str
+    optimizer: str
+    clipper: str
+    reference: str
+    steps_timed: int
+    step: float
+    floor: float | None
+    ratio: tuple[float, ...]
+    extra: tuple[float, ...]
+    xla_bytes: float | None
+    bytes: float | None
+    temp: float | None
+    compile: float | None
+    state_bytes: int | None
+
+
+def measure_cell(
+    model: str, optimizer: str, labels: Iterable[str], repeats: int, bandwidth: float
+) -> list[Row]:
+    """All clippers on one model with one optimizer."""
+    world = World(MODELS[model](), OPTIMIZERS[optimizer](), optimizer == ALONE)
+    size = num_bytes(world.params)
+    pairs = {label: REFERENCES.get(label, GLOBAL) for label in labels if label != GLOBAL}
+    # A reference has a row, too.
+    pairs = {**{label: GLOBAL for label in pairs.values() if label != GLOBAL}, **pairs}
+    needed = [label for label in (*CLIPPERS, *ON_THE_HOST) if label in {GLOBAL, *pairs}]
+    programs = {
+        label: HostProgram(world, label)
+        if label in ON_THE_HOST
+        else Program(world, CLIPPERS[label])
+        for label in needed
+    }
+    again = {label: COMPILATIONS.get((model, optimizer, label), 1) - 1 for label in programs}
+    for number in range(max(again.values())):
+        for label in programs:
+            if number < again[label]:
+                programs[label].compile()
+    times = {
+        label: run_pairs(programs[label], programs[reference], repeats)
+        for label, reference in pairs.items()
+    }
+    by_global = [
+        times[label].reference for label, reference in pairs.items() if reference == GLOBAL
+    ]
+    times[GLOBAL] = Times(np.concatenate(by_global), np.concatenate(by_global))
+    # By ratios, which hold also where the machine was slower for one pair than for another.
+    relative = {GLOBAL: 1.0}
+    for label, reference in pairs.items():
+        relative[label] = times[label].ratio()[0] * relative[reference]
+    read = size / bandwidth / np.median(times[GLOBAL].own)
+    rows = []
+    for label, program in programs.items():
+        compiled = program.call
+
+        def in_sizes(number: float | None) -> float | None:
+            return None if number is None else number / size
+
+        rows.append(
+            Row(
+                model,
+                optimizer,
+                label,
+                pairs.get(label, GLOBAL),
+                len(times[label].own),
+                float(np.median(times[label].own)),
+                relative[label] / (relative[NONE] + read) if NONE in relative else None,
+                tuple(times[label].ratio()),
+                tuple(times[label].extra()),
+                in_sizes(compiled and xla_bytes(compiled)),
+                in_sizes(compiled and usual_bytes(compiled)),
+                in_sizes(compiled and temporary_bytes(compiled)),
+                float(np.median(program.compile_times)) if program.compile_times else None,
+                program.state_bytes,
+            )
+        )
+    return rows
+
+
+def number(value: float | None, form: str) -> str:
+    """A dash where there is none."""
+    return "-" if value is None else format(value, form)
+
+
+def format_cell(rows: list[Row]) -> str:
+    """The table of one model and optimizer."""
+    micro = rows[0].model == TOY
+    unit = 1e6 if micro else 1e3
+    width = max(map(len, (*CLIPPERS, *ON_THE_HOST))) + 1
+    head = f"{'step us' if micro else 'step ms':>9}{'floor':>8}{'ratio (quartiles)':>24}  "
+    head += f"{'to':<25}{'bytes':>24}{'temp':>10}{'compile':>9}{'state':>10}"
+    shapes = jax.tree.leaves(MODELS[rows[0].model](), is_leaf=lambda node: isinstance(node, tuple))
+    total = sum(map(math.prod, shapes))
+    title = f"{rows[0].model}, {rows[0].optimizer}"
+    lines = [f"\n{title}: {total:,} parameters in {len(shapes)} leaves", f"{'':{width}}{head}"]
+    for row in rows:
+        line = f"{row.clipper:{width}}{unit * row.step:9.2f}{number(row.floor, '.2f'):>8}"
+        if row.clipper == GLOBAL:
+            line += f"{'1':>24}  {'':25}"
+        else:
+            median, low, high = row.ratio
+            line += f"{f'{median:.3f} ({low:.3f}-{high:.3f})':>24}  {row.reference:25}"
+        counted = number(row.bytes, ".2f")
+        if row.bytes is not None and row.xla_bytes - row.bytes > 0.005:
+            counted += f" ({row.xla_bytes:.2f})"
+        line += f"{counted:>24}{number(row.temp, '.2f'):>10}{number(row.compile, '.2f'):>9}"
+        lines.append(line + f"{number(row.state_bytes, 'd'):>10}")
+    return "\n".join(lines)
+
+
+# The targets.
+
+
+class Target(NamedTuple):
+    """What was promised and what was measured."""
+
+    text: str
+    limit: float
+    value: float
+    quartiles: tuple[float, float] | None = None
+
+    @property
+    def met(self) -> bool:
+        """Whether the measured figure, as it is printed, is within the limit."""
+        return bool(round(self.value, 3) <= self.limit)
+
+
+def check_targets(rows: list[Row]) -> list[Target]:
+    """Those whose rows have been measured."""
+    by_name = {(row.model, row.optimizer, row.clipper): row for row in rows}
+    targets: list[Target] = []
+
+    def time_of(limit: float, *name: str) -> None:
+        if name in by_name:
+            row = by_name[name]
+            text = f"{row.clipper} / {row.reference}, {row.model}, {row.optimizer}: time"
+            targets.append(Target(text, limit, row.ratio[0], row.ratio[1:]))
+
+    def ratio_of(figure: str, limit: float, *name: str) -> None:
+        if name in by_name:
+            row = by_name[name]
+            own, theirs = (
+                getattr(by_name[*name[:2], label], figure) for label in (row.clipper, row.reference)
+            )
+            if own is not None:
+                text = f"{row.clipper} / {row.reference}, {row.model}, {row.optimizer}: {figure}"
+                targets.append(Target(text, limit, own / theirs))
+
+    time_of(0.95, GPT24, ADAMW, AUTO)
+    if {(GPT24, ADAMW, AUTO), (GPT24, ADAMW, NONE)} <= by_name.keys():
+        own, alone = (by_name[GPT24, ADAMW, label].bytes for label in (AUTO, NONE))
+        if own is not None:
+            text = f"{AUTO} less {NONE}, {GPT24}, {ADAMW}: bytes in parameter sizes"
+            targets.append(Target(text, 1.0, round(own - alone, 2)))
+    ratio_of("compile", 1.0, GPT24, ADAMW, AUTO)
+    for label in (AUTO, WINDOW1024):
+        if (TOY, ADAMW, label) in by_name:
+            row = by_name[TOY, ADAMW, label]
+            median, low, high = (1e6 * seconds for seconds in row.extra)
+            text = f"{label} less {row.reference}, {TOY}, {ADAMW}: microseconds"
+            targets.append(Target(text, 15.0, median, (low, high)))
+    time_of(1.15, LEAVES300, ADAMW, PER_PARAM)
+    time_of(1.25, LEAVES2000, ADAMW, PER_PARAM)
+    ratio_of("compile", 1.5, LEAVES2000, ADAMW, PER_PARAM)
+    for model in (GPT24, RESNET):
+        time_of(1.0, model, SGD, AGC)
+        ratio_of("bytes", 1.0, model, SGD, AGC)
+    time_of(1.2, GPT24, ADAMW, WINDOW65536)
+
+    # Where each leaf has a window, some of it is for the windows.
+    excess = {
+        row: row.temp - by_name[row.model, row.optimizer, row.reference].temp
+        for row in rows
+        if row.model != TOY and row.clipper != PER_PARAM and row.temp is not None
+    }
+    if excess:
+        worst = max(excess, key=excess.get)
+        text = f"{worst.clipper} less {worst.reference}, {worst.model}, {worst.optimizer}: "
+        text += "temporary memory in parameter sizes; the others need less"
+        targets.append(Target(text, 0.01, excess[worst]))
+    return targets
+
+
+def format_targets(targets: list[Target]) -> str:
+    """A line for each."""
+    lines = ["\nTargets"]
+    for target in targets:
+        spread = ""
+        if target.quartiles is not None:
+            spread = f" ({target.quartiles[0]:.3f}-{target.quartiles[1]:.3f})"
+        verdict = "met" if target.met else "MISSED"
+        lines.append(
+            f"{verdict:7} {target.value:7.3f}{spread:18} <= {target.limit:<5g} {target.text}"
+        )
+    return "\n".join(lines)
+
+
+def describe_machine() -> str:
+    """Versions, machine, backend, device."""
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        cpu = found[1] if found else cpu
+    return (
+        f"Python {platform.python_version()}, jax {jax.__version__}, optax {optax.__version__}, "
+        f"{platform.machine()}, {cpu}, {os.cpu_count()} cores, {jax.default_backend()}, "
+        f"{jax.devices()[0].device_kind}"
+    )
+
+
+def select_cells(
+    models: list[str] | None, clippers: list[str] | None, quick: bool
+) -> dict[tuple[str, str], tuple[str, ...]]:
+    """What the options leave of the table: names that contain one of the given words."""
+
+    def chosen(words: list[str] | None, name: str) -> bool:
+        return words is None or any(word.lower() in name.lower() for word in words)
+
+    cells = {}
+    for (model, optimizer), labels in (QUICK if quick else CELLS).items():
+        left = tuple(label for label in labels if label == NONE or chosen(clippers, label))
+        if chosen(models, model) and (clippers is None or set(left) - {NONE}):
+            cells[model, optimizer] = left
+    return cells
+
+
+def main() -> None:
+    """Measures, prints the table, writes the file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("bench"), help="folder for the file")
+    parser.add_argument("--models", nargs="+", help="only those whose name contains one of these")
+    parser.add_argument("--clippers", nargs="+", help="only those whose name contains one of these")
+    parser.add_argument("--repeats", type=int, help="pairs of timings for each clipper")
+    parser.add_argument("--quick", action="store_true", help="two models, few clippers and repeats")
+    arguments = parser.parse_args()
+    repeats = arguments.repeats or (QUICK_REPEATS if arguments.quick else REPEATS)
+    cells = select_cells(arguments.models, arguments.clippers, arguments.quick)
+    if not cells:
+        parser.error("no model and clipper has such a name")
+    jax.config.update("jax_enable_compilation_cache", False)
+    begin = time.perf_counter()
+    print(describe_machine(), flush=True)
+    bandwidth = copy_bandwidth()
+    print(f"It copies {bandwidth / 1e9:.1f} GB/s, reads and writes together.", flush=True)
+    # What is imported or set up in the first compilation is nobody's cost.
+    Program(World(MODELS[TOY](), optax.adamw(1.0), False), CLIPPERS[AUTO])
+
+    rows: list[Row] = []
+    for (model, optimizer), labels in cells.items():
+        measured = measure_cell(model, optimizer, labels, repeats, bandwidth)
+        print(format_cell(measured), flush=True)
+        rows += measured
+    targets = check_targets(rows)
+    print(format_targets(targets))
+
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    figures = {
+        "machine": describe_machine(),
+        "copy_bandwidth": bandwidth,
+        "rows": [row._asdict() for row in rows],
+        "targets": [{**target._asdict(), "met": target.met} for target in targets],
+    }
+    (arguments.out / "bench.json").write_text(json.dumps(figures, indent=1) + "\n")
+    print(f"\nWrote bench.json to {arguments.out}/ after {time.perf_counter() - begin:.0f} s.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""What a step costs, in figures that do not depend on the machine's speed.
+
+Memory traffic and memory are measured as slopes: how much more of it a larger model of the same
+number of leaves needs, in units of the bytes that its parameters have more. What a clipper needs
+for its history, which does not grow with the model, falls out. Time is a matter for
+`benchmarks/bench.py`, from which the figures of compiled programs come.
+"""
+
+import collections
+import functools
+import re
+
+import bench
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from clipper_table import CLIPPERS
+from compat import lenient
+
+import optax_smartclip as smartclip
+from optax_smartclip.engine.norms import by_leaf, group_norms
+
+every_clipper = pytest.mark.parametrize("name", CLIPPERS)
+
+THEIRS = "clip_by_global_norm"
+CHAINED = {
+    "alone": optax.identity(),
+    THEIRS: optax.clip_by_global_norm(1.0),
+    "adaptive_grad_clip": optax.adaptive_grad_clip(0.01),
+    "autoclip": smartclip.autoclip(),
+    "per_param": smartclip.autoclip(90.0, history=smartclip.ring_buffer(16), scope="per_param"),
+    "agc": smartclip.agc(),
+}
+
+
+def shapes(layers, width):
+    return {f"layer{n}": {"kernel": (2 * width, width), "bias": (width,)} for n in range(layers)}
+
+
+SMALL, LARGE, DEEP = shapes(2, 64), shapes(2, 128), shapes(6, 64)
+
+
+def arrays(tree):
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        tree,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def size(model):
+    return sum(4 * leaf.size for leaf in jax.tree.leaves(arrays(model)))
+
+
+@functools.cache
+def compile_step(name, model_name):
+    """A training step without a model: clipper, AdamW, new parameters."""
+    params = arrays({"small": SMALL, "large": LARGE, "deep": DEEP}[model_name])
+    tx = optax.chain(CHAINED[name], lenient(optax.adamw(1e-3)))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step.lower(params, jax.eval_shape(tx.init, params), params).compile()
+
+
+def slope(figure, name):
+    """Of a figure of the compiled step, per byte of parameters."""
+    small, large = (figure(compile_step(name, model)) for model in ("small", "large"))
+    return (large - small) / (size(LARGE) - size(SMALL))
+
+
+def entry(compiled):
+    return re.search(r"^ENTRY %?([\w.-]+)", compiled.as_text(), re.MULTILINE)[1]
+
+
+# How the bytes of the branch that runs are found.
+
+
+@pytest.mark.parametrize("name", ["alone", THEIRS, "adaptive_grad_clip"])
+def test_bytes_added_up_from_the_text_of_a_program_are_those_that_xla_states(name):
+    compiled = compile_step(name, "large")
+    total = bench.computation_bytes(compiled.as_text(), entry(compiled))
+    assert total == pytest.approx(bench.xla_bytes(compiled), rel=1e-3)
+
+
+def test_bytes_of_the_usual_branch_are_those_of_norms_that_have_no_other():
+    leaves = jax.tree.leaves(arrays(LARGE))
+    partition = by_leaf([0] * len(leaves), 1)
+
+    def compile_norms(exact):
+        norms = functools.partial(
+            group_norms, partition=partition, exact_below=exact, exact_above=exact
+        )
+        return jax.jit(norms).lower(leaves).compile()
+
+    exact, plain = compile_norms(True), compile_norms(False)
+    assert bench.xla_bytes(exact) > 1.5 * bench.xla_bytes(plain)
+    assert bench.usual_bytes(exact) == pytest.approx(bench.xla_bytes(plain), rel=1e-2)
+
+
+def test_bytes_of_a_conditional_are_those_of_its_cheapest_branch():
+    array = jax.ShapeDtypeStruct((100, 1000), jnp.float32)
+
+    def choose(number, array):
+        return jax.lax.switch(number, [jnp.sum, jnp.max, lambda _: jnp.float32(1.0)], array)
+
+    compiled = jax.jit(choose).lower(0, array).compile()
+    assert bench.xla_bytes(compiled) > 400_000
+    assert bench.usual_bytes(compiled) < 1000
+
+
+# Memory traffic.
+
+
+@functools.cache
+def bytes_of_their_norm():
+    """What Optax's norm alone reads and writes, per byte of the gradient."""
+    small, large = (
+        bench.xla_bytes(jax.jit(optax.tree.norm).lower(arrays(model)).compile())
+        for model in (SMALL, LARGE)
+    )
+    return (large - small) / (size(LARGE) - size(SMALL))
+
+
+@pytest.mark.parametrize("name", ["autoclip", "per_param"])
+def test_a_step_moves_what_adamw_and_a_norm_move_and_nothing_more(name):
+    # In jax 0.10.2: AdamW 10.00, the norm 1.00, both and `clip_by_global_norm` 15.00.
+    ours = slope(bench.usual_bytes, name)
+    floor = slope(bench.usual_bytes, "alone") + bytes_of_their_norm()
+    assert floor <= ours <= floor + 0.02
+    assert ours < slope(bench.usual_bytes, THEIRS)
+
+
+def test_agc_moves_what_adaptive_grad_clip_moves():
+    # A thousandth of either is norms of units, whose number grows, too.
+    ours, theirs = (slope(bench.usual_bytes, name) for name in ("agc", "adaptive_grad_clip"))
+    assert ours <= 1.01 * theirs
+
+
+def readers(compiled):
+    """How many operations of the main program read each leaf of the gradient."""
+    text = compiled.as_text()
+    main = text[text.index("\nENTRY ") :]
+    instructions = re.findall(
+        r"^\s+(?:ROOT )?%?([\w.-]+) = (?:\(.*?\)|\S+) ([\w-]+)\((.*?)\)(?:, |$)",
+        main,
+        re.MULTILINE,
+    )
+    inputs = {
+        int(operands): name
+        for name, operation, operands in instructions
+        if operation == "parameter"
+    }
+    num_leaves = len(jax.tree.leaves(arrays(LARGE)))
+    grads = [inputs[number] for number in sorted(inputs)[-num_leaves:]]
+    users = collections.Counter(
+        operand
+        for _, operation, operands in instructions
+        # What a conditional is given is read by the branch that is taken.
+        if operation not in ("tuple", "conditional")
+        for operand in set(re.findall(r"%([\w.-]+)", operands))
+    )
+    return [users[name] for name in grads]
+
+
+def test_a_step_reads_each_leaf_of_the_gradient_once_more_than_the_optimizer_does():
+    alone, ours, theirs = (
+        np.array(readers(compile_step(name, "large"))) for name in ("alone", "autoclip", THEIRS)
+    )
+    assert np.all(alone >= 1)
+    np.testing.assert_array_equal(ours, alone + 1)
+    assert np.all(theirs > ours)
+
+
+def primitives(jaxpr, branches):
+    """The operations of a program and of those within it, with or without branches."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        if branches or equation.primitive.name != "cond":
+            for value in jax.tree.leaves(
+                equation.params, is_leaf=lambda node: isinstance(node, jax.extend.core.ClosedJaxpr)
+            ):
+                inner = getattr(value, "jaxpr", value)
+                if isinstance(inner, jax.extend.core.Jaxpr):
+                    yield from primitives(inner, branches)
+
+
+def count_primitives(tx, num_leaves, branches=True):
+    params = arrays({f"leaf{number}": (4, 3) for number in range(num_leaves)})
+    jaxpr = jax.make_jaxpr(tx.update)(params, jax.eval_shape(tx.init, params), params)
+    return collections.Counter(primitives(jaxpr.jaxpr, branches))
+
+
+def per_leaf(tx, branches=True):
+    few, many = (count_primitives(tx, number, branches) for number in (10, 30))
+    return {name: (many[name] - few[name]) / 20 for name in many}
+
+
+@pytest.mark.parametrize("name", ["autoclip", "autoclip_p95_per_param", "zscore_clip", "adagc"])
+def test_each_leaf_is_summed_once_and_at_most_twice_more_where_its_squares_are_out_of_range(name):
+    tx = CLIPPERS[name]()
+    assert per_leaf(optax.clip_by_global_norm(1.0))["reduce_sum"] == 1
+    assert per_leaf(tx, branches=False)["reduce_sum"] == 1
+    assert 1 < per_leaf(tx)["reduce_sum"] <= 3
+
+
+# Memory.
+
+
+# The second reading may hold factors of the size of a leaf, also in agc, where that is more than
+# the hundredth that `adaptive_grad_clip` needs.
+@pytest.mark.parametrize("name", ["autoclip", "per_param", "agc"])
+def test_a_larger_model_needs_no_more_temporary_memory_than_with_clip_by_global_norm(name):
+    ours, theirs = (slope(bench.temporary_bytes, label) for label in (name, THEIRS))
+    assert ours <= theirs + 0.01
+
+
+@every_clipper
+def test_the_state_has_as_many_arrays_for_three_leaves_as_for_three_hundred(name):
+    def kept(num_leaves):
+        params = arrays({f"leaf{number}": (4, 3) for number in range(num_leaves)})
+        return jax.tree.leaves(jax.eval_shape(CLIPPERS[name]().init, params))
+
+    few, many = kept(3), kept(300)
+    assert len(few) == len(many) <= 14
+    # Of one group or of each leaf, never a copy of the gradient.
+    assert all(leaf.shape[:1] in ((), (1,), (300,)) for leaf in many)
+
+
+# Programs.
+
+# What leaves the device or sorts, in StableHLO and in XLA's own language.
+FORBIDDEN = (
+    "sort",
+    "top_k",
+    "topk",
+    "custom_call",
+    "custom-call",
+    "infeed",
+    "outfeed",
+    "send",
+    "recv",
+    "while",
+)
+
+
+def forbidden(text):
+    operations = set(re.findall(r"(?:stablehlo|chlo)\.(\w+)| ([\w-]+)\(", text))
+    return {name for names in operations for name in names if name.startswith(FORBIDDEN)}
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (jnp.sort, "sort"),
+        (lambda x: jax.lax.top_k(x, 2)[0], "top_k"),
+        (lambda x: jax.pure_callback(np.sin, x, x), "custom_call"),
+        (lambda x: jax.lax.fori_loop(0, 3, lambda _, x: jnp.sin(x), x), "while"),
+    ],
+    ids=["sort", "top_k", "callback", "loop"],
+)
+def test_what_is_forbidden_would_be_found(function, found):
+    lowered = jax.jit(function).lower(jnp.ones(4))
+    assert found in forbidden(lowered.as_text())
+    assert forbidden(lowered.compile().as_text())
+
+
+@every_clipper
+def test_an_update_does_not_sort_nor_loop_nor_leave_the_device(name):
+    tx = CLIPPERS[name]()
+    params = arrays(SMALL)
+    lowered = jax.jit(tx.update).lower(params, jax.eval_shape(tx.init, params), params)
+    assert not forbidden(lowered.as_text())
+
+
+@pytest.mark.parametrize("name", ["autoclip", "per_param", "agc"])
+def test_nor_does_the_compiled_step(name):
+    assert not forbidden(compile_step(name, "small").as_text())
+
+
+def lines_per_leaf(name):
+    few, many = (
+        len(compile_step(name, model).as_text().splitlines()) for model in ("small", "deep")
+    )
+    return (many - few) / 8
+
+
+@pytest.mark.parametrize("name", ["autoclip", "per_param"])
+def test_another_leaf_makes_the_compiled_program_not_twice_as_long_as_it_makes_that_of_optax(name):
+    # It is what compilation takes its time for.
+    assert lines_per_leaf(name) < 2 * lines_per_leaf(THEIRS)
