@@ -160,5 +160,7 @@ def share_of_total(norms: Norms, max_total: Any) -> Norms:
     largest = jax.lax.stop_gradient(jnp.max(norms, initial=0.0))
     unit = jnp.where(largest > 0, largest, 1.0)
     total = safe_sqrt(jnp.sum(jnp.square(norms / unit)))
-    limit = as_float32(max_total) / unit
-    return jnp.where(total > limit, norms * (limit / jnp.maximum(total, 1.0)), jnp.inf)
+    over = total * unit > as_float32(max_total)
+    # In this order nothing is so small that it would be flushed to zero.
+    shares = norms / unit / jnp.maximum(total, 1.0)
+    return jnp.where(over, as_float32(max_total) * shares, jnp.inf)

@@ -251,3 +251,15 @@ def test_arguments_out_of_range_are_errors(name, value, allowed):
     with pytest.raises(ValueError, match="must be") as error:
         smartclip.adagc(**{name: value})
     assert str(error.value) == f"`{name}` must be {allowed}, got {value}."
+
+
+def test_a_norm_of_1e38_in_warmup_does_not_set_the_thresholds_to_zero():
+    tx = smartclip.adagc(warmup_steps=3)
+    step = jax.jit(tx.update)
+    state = tx.init({"b": jnp.zeros(()), "w": jnp.zeros(())})
+    for size in (1.0, 1e38, 1.0, 1.0):
+        grads = {"b": jnp.float32(0.6 * size), "w": jnp.float32(0.8 * size)}
+        updates, state = step(grads, state)
+    assert updates["b"] == pytest.approx(0.6, rel=1e-6)
+    assert updates["w"] == pytest.approx(0.8, rel=1e-6)
+    np.testing.assert_allclose(state.last.clip_threshold, [1.04 * 0.6, 1.04 * 0.8], rtol=1e-6)
