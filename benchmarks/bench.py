@@ -16,8 +16,9 @@ pairs, with quartiles, so that it hardly depends on what else the machine does.
 - floor: step in units of what it would take if the norm cost no more than to read the gradient: the
   optimizer's own time plus one read at the bandwidth at which this machine copies.
 - bytes: what XLA says the step reads and writes, in units of the size of the parameters. XLA counts
-  the costlier branch of a conditional; this is the other one, which a step takes unless the squares
-  of a gradient overflow or underflow. In brackets, where it differs: as XLA counts.
+  one round of a loop, and the costlier branch of a conditional; this is without the loop in which a
+  gradient is read again if its squares overflow or underflow, and with the cheaper branch. In
+  brackets, where it differs: as XLA counts.
 - temp: temporary memory of the program, in units of the size of the parameters. On a CPU, a program
   takes it from the system anew in each step, which with pages of 4 kB costs more than its traffic:
   GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment shows how much.
@@ -376,7 +377,7 @@ def xla_bytes(compiled: Any) -> float | None:
 
 
 def usual_bytes(compiled: Any) -> float | None:
-    """The same, but with the cheaper branch of each conditional instead of the costlier."""
+    """The same, but with the cheaper branch of each conditional, and no round of any loop."""
     total = xla_bytes(compiled)
     if total is None:
         return None
@@ -385,6 +386,8 @@ def usual_bytes(compiled: Any) -> float | None:
         if " conditional(" in line:
             each = [computation_bytes(text, name) for name in branches(line)]
             total -= max(each) - min(each)
+        elif " while(" in line:
+            total -= computation_bytes(text, re.search(r"body=%?([\w.-]+)", line)[1])
     return total
 
 
@@ -397,7 +400,7 @@ def branches(line: str) -> list[str]:
 
 
 # They move nothing, or what they move is counted where it is computed.
-FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "conditional"}
+FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "conditional", "while"}
 
 
 def computation_bytes(text: str, name: str) -> int:

@@ -11,12 +11,14 @@ A power of two rounds nothing, so the second reading is as exact as the first wo
 """
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Inexact
 
 AxisName = str | Sequence[str] | None
@@ -87,9 +89,16 @@ def _apart(values: Float32[Array, " groups"]) -> tuple[Float32[Array, ""], ...]:
     nothing is clipped, all are the same.
     """
     num = values.shape[0]
+
+    # Places that are data, chosen by a zero that the compiler does not know, make one program for
+    # all slices.
+    def pick(values: Array, place: int) -> Array:
+        zero = jnp.isnan(values[0]).astype(jnp.int32)
+        return values[jnp.asarray(np.array([place, -1], np.int32))[zero]]
+
     scalars: tuple[Array, ...] = jax.lax.cond(
         jnp.any(values != 1.0),
-        lambda values: tuple(values[place] for place in range(num)),
+        lambda values: tuple(pick(values, place) for place in range(num)),
         lambda values: tuple(values[0] for _ in range(num)),
         values,
     )
@@ -150,53 +159,65 @@ def _group_norms(
     arrays: list[Inexact[Array, "..."]],
 ) -> GroupValues:
     dtype = _accumulator(arrays)
+
+    def read(factor: Array | None = None) -> GroupValues:
+        totals = partition.total([_squares(array, dtype, factor) for array in arrays])
+        return jax.tree.map(safe_sqrt, _sum_over(totals, axis_name))
+
+    norms = read()
+    if exact_below or exact_above:
+        norms = _read_again(read, norms, dtype, exact_below, exact_above)
+    return jax.tree.map(as_float32, norms)
+
+
+def _read_again(
+    read: Callable[[Array], GroupValues],
+    norms: GroupValues,
+    dtype: Any,
+    exact_below: bool,
+    exact_above: bool,
+) -> GroupValues:
+    """The norms, those whose squares were out of range from a second reading, if there are any.
+
+    A loop of no rounds, in most steps: one body serves norms that are too small, in the first
+    round, and too large, in the second. And what uses the norms is compiled without the sums, which
+    XLA would otherwise add up again in each place.
+    """
     finfo = jnp.finfo(dtype)
     # Half of the exponents, and 6 more as room for the sum over many elements.
     factor = 2.0 ** (finfo.maxexp // 2 + 6)
     # 2 ** 40 elements may each lose a square just below `tiny`: from here on, all of them
     # together are less than the rounding of the sum.
-    floor = float(finfo.tiny) * 2.0**64 if exact_below else 0.0
+    floor = math.sqrt(float(finfo.tiny) * 2.0**64)
 
-    totals = _sum_over(partition.total([_squares(array, dtype) for array in arrays]), axis_name)
-    norms = jax.tree.map(safe_sqrt, totals)
-    if exact_above:
-        large = jax.tree.map(jnp.isinf, totals)
-        norms = _read_again(partition, axis_name, arrays, norms, large, 1 / factor)
-    if exact_below:
-        small = jax.tree.map(lambda total: total < floor, totals)
-        norms = _read_again(partition, axis_name, arrays, norms, small, factor)
-    return jax.tree.map(as_float32, norms)
+    def is_wanted(carry: tuple[Array, GroupValues]) -> Array:
+        number, norms = carry
+        found = jnp.zeros((), bool)
+        for norm in jax.tree.leaves(norms):
+            if exact_below:
+                found |= (number == 0) & jnp.any(norm < floor)
+            if exact_above:
+                found |= (number <= 1) & jnp.any(jnp.isinf(norm))
+        return found
 
-
-def _read_again(
-    partition: Partition,
-    axis_name: AxisName,
-    arrays: list[Array],
-    norms: GroupValues,
-    wanted: GroupValues,
-    factor: float,
-) -> GroupValues:
-    """The norms, those that are `wanted` from elements times `factor`, if there are any."""
-    found = jnp.zeros((), bool)
-    for mask in jax.tree.leaves(wanted):
-        found |= jnp.any(mask)
-
-    # The same factor for all groups: those that differ would make each leaf's loop a program of its
-    # own. From outside of the branch, because what is computed in it would be in every loop, and a
-    # constant would be squared by the compiler, and overflow.
-    def again(arrays: list[Array], norms: GroupValues, by: Array) -> GroupValues:
-        squares = [_squares(array, by.dtype, by) for array in arrays]
-        totals = _sum_over(partition.total(squares), axis_name)
-        return jax.tree.map(
-            lambda total, norm, mask: jnp.where(mask, safe_sqrt(total) / by, norm),
-            totals,
+    def again(carry: tuple[Array, GroupValues]) -> tuple[Array, GroupValues]:
+        number, norms = carry
+        first = number == 0
+        # The same for all groups, as factors that differ would make each leaf's loop a program of
+        # its own; and not a constant, which the compiler would square, and overflow.
+        by = jnp.where(first, factor, 1 / factor).astype(dtype)
+        new = jax.tree.map(
+            lambda norm, scaled: jnp.where(
+                jnp.where(first, norm < floor, jnp.isinf(norm)), scaled / by, norm
+            ),
             norms,
-            wanted,
+            read(by),
         )
+        return number + 1, new
 
-    by = jnp.where(found, factor, 1.0).astype(_accumulator(arrays))
-    new: GroupValues = jax.lax.cond(found, again, lambda _, norms, __: norms, arrays, norms, by)
-    return new
+    start = jnp.asarray(0 if exact_below else 1, jnp.int32)
+    _, norms = jax.lax.while_loop(is_wanted, again, (start, norms))
+    return norms
 
 
 # The sum of (x / norm) * dx, in which no square overflows or is lost, and no root is taken of 0.

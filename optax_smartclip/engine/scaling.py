@@ -24,11 +24,7 @@ def clip_arrays(
     nonfinite: str,
 ) -> list[Array]:
     """Each array times the scale of its group, or of each of the groups within it."""
-    scales = jax.tree.map(
-        lambda norm, limit: jnp.where(jnp.isfinite(norm), clip_scale(norm, limit), _NOT_FINITE),
-        norms,
-        limits,
-    )
+    scales = jax.tree.map(_signed_scale, norms, limits)
     return [
         scale_array(array, scale, nonfinite)
         for array, scale in zip(arrays, partition.spread(scales), strict=True)
@@ -57,7 +53,20 @@ def clip_scale(
     A scale below the smallest normal number (1e-38) may count as zero.
     """
     over = norm > threshold
-    return jnp.where(over, ratio(threshold, jnp.where(over, norm, 1.0)), 1.0)
+    return ratio(jnp.where(over, threshold, 1.0), jnp.where(over, norm, 1.0))
+
+
+def _signed_scale(
+    norm: Float32[Array, "*shape"], limit: Float32[Array, "*shape"]
+) -> Float32[Array, "*shape"]:
+    """The scale, or a negative number where the norm is not finite.
+
+    The division comes last because XLA repeats what follows it for each element of an array.
+    """
+    finite = jnp.isfinite(norm)
+    over = finite & (norm > limit)
+    dividend = jnp.where(finite, jnp.where(over, limit, 1.0), _NOT_FINITE)
+    return ratio(dividend, jnp.where(over, norm, 1.0))
 
 
 @jax.custom_jvp
@@ -83,8 +92,7 @@ def scale_array(
     `nonfinite="propagate"`, the array itself.
     """
     dtype = working_dtype(array.dtype)
-    finite = scale >= 0
-    # NaN times zero is NaN, and so would be the derivative if zeros were selected afterwards.
-    kept = jnp.where(finite, array, jnp.zeros((), array.dtype)) if nonfinite == "zero" else array
-    scaled = (kept.astype(dtype) * jnp.abs(scale).astype(dtype)).astype(array.dtype)
-    return scaled if nonfinite == "zero" else jnp.where(finite, scaled, array)
+    scaled = (array.astype(dtype) * scale.astype(dtype)).astype(array.dtype)
+    otherwise = jnp.zeros((), array.dtype) if nonfinite == "zero" else array
+    # After the multiplication: before it, the compiled loop takes 1.3 times as long.
+    return jnp.where(scale >= 0, scaled, otherwise)

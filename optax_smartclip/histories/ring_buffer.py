@@ -14,7 +14,7 @@ one is deleting it and inserting a norm, like any other step.
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Float32, Int32
 
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.norms import LARGEST, Norms
@@ -89,11 +89,11 @@ def ring_buffer(size: int) -> NormHistory:
                 f"ring_buffer({size}), got {state.ring.shape}, as from another run's checkpoint."
             )
         newest = norms[:, None]
-        here = _is_at(state.cursor, size)
-        oldest = _pick(state.ring, here)[:, None]
+        here = jnp.arange(size, dtype=jnp.int32)[None, :] == state.cursor[:, None]
+        oldest = jnp.sum(jnp.where(here, state.ring, 0.0), axis=1, keepdims=True)
         return RingBufferState(
             ring=jnp.where(here, newest, state.ring),
-            ordered=_insert(_delete(state.ordered, oldest), newest),
+            ordered=_replace(state.ordered, oldest, newest),
             cursor=(state.cursor + 1) % size,
             length=jnp.minimum(state.length + 1, size),
         )
@@ -101,7 +101,7 @@ def ring_buffer(size: int) -> NormHistory:
     def percentile(state: RingBufferState, percentile: Percentile) -> Norms:
         lower, fraction = rank(percentile, jnp.maximum(state.length - 1, 0))
         upper = jnp.minimum(lower + 1, size - 1)
-        below, above = (_pick(state.ordered, _is_at(place, size)) for place in (lower, upper))
+        below, above = (_pick(state.ordered, place) for place in (lower, upper))
         # An empty place is never mixed in: the fraction is 0 at the last norm.
         return jnp.where(fraction > 0, below + fraction * (above - below), below)
 
@@ -114,34 +114,29 @@ def ring_buffer(size: int) -> NormHistory:
     )
 
 
-def _is_at(place: Int32[Array, " groups"], size: int) -> Bool[Array, "groups size"]:
-    """Marks one place in each group."""
-    return jnp.arange(size, dtype=jnp.int32)[None, :] == place[:, None]
-
-
 def _pick(
-    norms: Float32[Array, "groups size"], here: Bool[Array, "groups size"]
+    norms: Float32[Array, "groups size"], place: Int32[Array, " groups"]
 ) -> Float32[Array, " groups"]:
-    """The norm at the marked place of each group.
+    """The norm at one place of each group."""
+    return norms.at[jnp.arange(norms.shape[0]), place].get(mode="promise_in_bounds")
 
-    A sum and not a gather: XLA would repeat a gather, and all that leads to it, in the loop over
-    each leaf that is scaled, and take a second to compile every ten of them.
+
+def _replace(
+    ordered: Float32[Array, "groups size"],
+    oldest: Float32[Array, "groups 1"],
+    newest: Float32[Array, "groups 1"],
+) -> Float32[Array, "groups size"]:
+    """Takes one occurrence of `oldest` out, and puts `newest` into its place in the order.
+
+    Only the norms between the two move, by one place, and each is computed from its neighbours.
     """
-    return jnp.sum(jnp.where(here, norms, 0.0), axis=1)
-
-
-def _delete(
-    ordered: Float32[Array, "groups size"], norm: Float32[Array, "groups 1"]
-) -> Float32[Array, "groups size"]:
-    """Deletes one occurrence of `norm`, and leaves the last place empty."""
-    last = jnp.full_like(norm, LARGEST)
-    return jnp.where(ordered < norm, ordered, jnp.concatenate([ordered[:, 1:], last], axis=1))
-
-
-def _insert(
-    ordered: Float32[Array, "groups size"], norm: Float32[Array, "groups 1"]
-) -> Float32[Array, "groups size"]:
-    """Inserts `norm` in its place; what is last drops out."""
-    first = jnp.full_like(norm, -LARGEST)
+    first, last = jnp.full_like(newest, -LARGEST), jnp.full_like(newest, LARGEST)
     previous = jnp.concatenate([first, ordered[:, :-1]], axis=1)
-    return jnp.maximum(previous, jnp.minimum(ordered, norm))
+    following = jnp.concatenate([ordered[:, 1:], last], axis=1)
+    risen = jnp.where(
+        ordered < oldest, ordered, jnp.maximum(ordered, jnp.minimum(following, newest))
+    )
+    fallen = jnp.where(
+        ordered > oldest, ordered, jnp.minimum(ordered, jnp.maximum(previous, newest))
+    )
+    return jnp.where(newest > oldest, risen, fallen)

@@ -257,16 +257,48 @@ def test_the_gradient_is_read_once_unless_a_sum_is_out_of_range():
     for name in ("jaxpr", "call_jaxpr"):
         (call,) = [eqn for eqn in program.eqns if name in eqn.params]
         program = call.params[name].jaxpr
-    equations = program.eqns
-    choices = [eqn for eqn in equations if eqn.primitive.name == "cond"]
-    assert len(choices) == 2
+    (loop,) = [eqn for eqn in program.eqns if eqn.primitive.name == "while"]
     for argument in program.invars:
-        readers = [eqn for eqn in equations if any(argument is var for var in eqn.invars)]
-        assert [id(eqn) for eqn in readers[1:]] == [id(choice) for choice in choices]
-    for choice in choices:
-        reads = [
-            sum("reduce_sum" in line for line in str(branch).splitlines())
-            for branch in choice.params["branches"]
-        ]
-        assert reads[0] == 0
-        assert reads[1] >= len(arrays)
+        readers = [eqn for eqn in program.eqns if any(argument is var for var in eqn.invars)]
+        assert len(readers) == 2
+        assert readers[1] is loop
+
+    def sums(jaxpr):
+        return str(jaxpr).count("reduce_sum")
+
+    assert sums(loop.params["body_jaxpr"]) == len(arrays)
+    assert sums(loop.params["cond_jaxpr"]) == 0
+    assert sums(program) == 2 * len(arrays)
+
+
+@pytest.mark.parametrize(
+    ("norms", "rounds"),
+    [
+        ([3.0, 4.0], 0),
+        ([np.nan, 3.0], 0),
+        ([0.0, 3.0], 1),
+        ([1e-30, 3.0], 1),
+        ([1e30, 3.0], 2),
+        ([np.inf, 3.0], 2),
+        ([1e-30, 1e30], 2),
+    ],
+)
+def test_a_second_reading_is_only_for_norms_that_need_it(norms, rounds):
+    read = []
+    arrays = [jnp.full(1, norm, jnp.float32) for norm in norms]
+
+    def count(sums):
+        read.append(1)
+        return sums
+
+    partition = by_leaf([0, 1], 2)
+
+    def total(arrays):
+        sums = partition.total(arrays)
+        jax.debug.callback(count, sums[0], ordered=True)
+        return sums
+
+    found = group_norms(arrays, partition._replace(total=total))
+    jax.effects_barrier()
+    np.testing.assert_allclose(found, norms, rtol=1e-6)
+    assert len(read) == 1 + rounds

@@ -57,7 +57,8 @@ class Trainer(NamedTuple):
     def steps(self, run, first):
         """Yields params and state after each step from the `first` on."""
         for batch in zip(INPUTS[first:], TARGETS[first:], strict=True):
-            run = self.step(*run, *batch)
+            # On simulated devices, steps that are under way together may wait for each other.
+            run = jax.block_until_ready(self.step(*run, *batch))
             yield run
 
 
