@@ -263,3 +263,10 @@ def test_a_norm_of_1e38_in_warmup_does_not_set_the_thresholds_to_zero():
     assert updates["b"] == pytest.approx(0.6, rel=1e-6)
     assert updates["w"] == pytest.approx(0.8, rel=1e-6)
     np.testing.assert_allclose(state.last.clip_threshold, [1.04 * 0.6, 1.04 * 0.8], rtol=1e-6)
+
+
+def test_a_gradient_of_exactly_the_absolute_clip_is_not_cut():
+    _, thresholds = tree_clipper(scope="global", absolute_clip=2.0)(
+        np.tile([[2.0, 0.0, 0.0]], (2, 1))
+    )
+    np.testing.assert_array_equal(thresholds, np.inf)

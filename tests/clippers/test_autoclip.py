@@ -116,3 +116,28 @@ def test_percentile_out_of_range_is_an_error(percentile):
 def test_auto_mode_on_a_history_of_one_percentile_is_an_error():
     with pytest.raises(ValueError, match=r"answer three percentiles .* got geometric_quantile"):
         smartclip.autoclip(history=smartclip.geometric_quantile())
+
+
+def test_auto_mode_asks_three_percentiles_of_a_history_and_no_more():
+    three, two = (smartclip.ring_buffer(8)._replace(max_percentiles=most) for most in (3, 2))
+    assert callable(smartclip.autoclip(history=three).init)
+    with pytest.raises(ValueError, match="answer three percentiles"):
+        smartclip.autoclip(history=two)
+
+
+@pytest.mark.parametrize("percentile", [None, 90.0])
+def test_a_history_is_told_the_percentiles_that_it_will_be_asked_for(percentile):
+    ring = smartclip.ring_buffer(8)
+    told, asked = set(), set()
+
+    def record(state, norms, percentiles):
+        told.update(percentiles)
+        return ring.record(state, norms, percentiles)
+
+    def answer(state, percentile):
+        asked.add(percentile)
+        return ring.percentile(state, percentile)
+
+    tx = smartclip.autoclip(percentile, history=ring._replace(record=record, percentile=answer))
+    tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+    assert told == asked != set()

@@ -55,6 +55,12 @@ def test_zeros_leave_the_threshold_where_it_is(default):
     assert thresholds[-1] == thresholds[501]
 
 
+def test_nothing_can_be_compared_with_zeros(default):
+    clipped, thresholds = default(np.r_[np.zeros(20), 7.0, 7.0])
+    np.testing.assert_array_equal(thresholds[:21], np.inf)
+    np.testing.assert_array_equal(clipped[20:], 7.0)
+
+
 @pytest.mark.parametrize("scale", [1e-34, 1e-30, 1e30, 1e37])
 def test_moments_neither_overflow_nor_underflow(scale):
     _, small = streams.from_transformation(smartclip.zscore_clip())(NORMS[:500])

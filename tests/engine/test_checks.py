@@ -1,8 +1,11 @@
 """Arguments out of range: the message names the argument, its value and what is allowed."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optax_smartclip as smartclip
@@ -17,6 +20,10 @@ RULE = smartclip.ThresholdRule(
 
 def clip_by_rule(**arguments):
     return smartclip.clip_by_rule(RULE, **arguments)
+
+
+def skip_spikes(**arguments):
+    return smartclip.skip_spikes(optax.identity(), **arguments)
 
 
 CLIPPERS = [clip_by_rule, smartclip.autoclip, smartclip.zscore_clip, smartclip.agc]
@@ -99,6 +106,14 @@ def test_a_size_is_a_python_int(value):
     assert f"got {value!r}" in str(error.value)
 
 
+@pytest.mark.parametrize("value", [1, 1.0, np.float64(1), jnp.bfloat16(1), jnp.int32(1)])
+def test_a_scalar_becomes_a_float32_and_no_other_shape_is_taken(value):
+    scalar = checks.check_scalar("value", value)
+    assert (scalar, scalar.shape, scalar.dtype) == (1, (), jnp.float32)
+    with pytest.raises(ValueError, match=r"^`value` must be a scalar, got the shape \(1,\)\.$"):
+        checks.check_scalar("value", jnp.asarray(value)[None])
+
+
 @pytest.mark.parametrize("value", [None, 0, True, ("zero",)])
 def test_a_choice_is_one_of_the_strings(value):
     with pytest.raises(
@@ -131,11 +146,26 @@ def test_the_auto_mode_refuses_a_history_of_one_percentile():
         (smartclip.autoclip, "percentile", (None, 0, 100, 0.0, 100.0, np.float32(50), np.int64(7))),
         (smartclip.zscore_clip, "zmax", (0, 3, INF, np.float64(2))),
         (smartclip.zscore_clip, "decay", (0, 0.0, 0.999999)),
+        (smartclip.zclip, "zmax", (0, 0.5, INF)),
+        (smartclip.zclip, "decay", (0, 0.5, 0.999999)),
+        (smartclip.zclip, "clip_to", ("reciprocal", "mean", "max")),
+        (smartclip.zclip, "clip_factor", (1e-30, 0.5, 1)),
+        (smartclip.zclip, "record_limit", (None, 1e-30, INF)),
+        (smartclip.adagc, "relative_clip", (1e-30, 1, INF)),
+        (smartclip.adagc, "decay", (0, 0.5, 0.999999)),
+        (smartclip.adagc, "absolute_clip", (None, 1e-30, INF)),
+        (smartclip.adagc, "record_limit", (None, 1e-30, INF)),
         (smartclip.agc, "clipping", (1e-30, 5, INF)),
-        (smartclip.agc, "eps", (1e-30, 5)),
+        (smartclip.agc, "eps", (1e-30, 5, INF)),
         (smartclip.agc, "unit_axes", (None, 0, (-1, 0), (), "flax", "equinox", lambda path, s: 0)),
         (smartclip.geometric_quantile, "rate", (1e-6, 1, 1.0)),
         (smartclip.ring_buffer, "size", (1, 2**24)),
+        (smartclip.log_histogram, "relative_error", (1e-4, 0.5)),
+        (smartclip.log_histogram, "decay", (None, 1e-30, 0.9999999)),
+        (skip_spikes, "sigma", (1e-30, 1, 1e38)),
+        (skip_spikes, "window", (4, 2**24)),
+        (skip_spikes, "max_consecutive", (1, 1.5, 2**31 - 1)),
+        (skip_spikes, "warmup_steps", (0, 2.5, 2**31 - 1)),
         (clip_by_rule, "warmup_steps", (0, 10, 2.5, 2**31 - 1)),
         (clip_by_rule, "max_norm", (None, 1, 1e-30, INF)),
         (clip_by_rule, "nonfinite", ("zero", "propagate")),
@@ -145,6 +175,71 @@ def test_the_auto_mode_refuses_a_history_of_one_percentile():
 def test_the_ends_of_the_ranges_are_allowed(factory, name, values):
     for value in values:
         assert callable(factory(**{name: value}).init)
+
+
+SHARED = {"max_norm": None, "nonfinite": "zero", "axis_name": None}
+DEFAULTS = {
+    smartclip.clip_by_rule: {"scope": "global", "warmup_steps": 0} | SHARED,
+    smartclip.autoclip: {
+        "percentile": None,
+        "history": None,
+        "scope": "global",
+        "warmup_steps": None,
+    }
+    | SHARED,
+    smartclip.zscore_clip: {"zmax": 3.0, "decay": 0.99, "scope": "global", "warmup_steps": 1}
+    | SHARED,
+    smartclip.zclip: {
+        "zmax": 2.5,
+        "decay": 0.97,
+        "clip_to": "reciprocal",
+        "clip_factor": 1.0,
+        "record_limit": None,
+        "scope": "global",
+        "warmup_steps": 25,
+    }
+    | SHARED
+    | {"max_norm": 1.0},
+    smartclip.adagc: {
+        "relative_clip": 1.04,
+        "decay": 0.99,
+        "absolute_clip": 1.0,
+        "record_limit": None,
+        "scope": "per_param",
+        "warmup_steps": 100,
+    }
+    | SHARED,
+    smartclip.agc: {
+        "clipping": 0.01,
+        "eps": 1e-3,
+        "scope": "unit",
+        "unit_axes": None,
+        "mask": None,
+        "warmup_steps": 0,
+    }
+    | SHARED,
+    smartclip.skip_spikes: {
+        "sigma": 6.0,
+        "window": 128,
+        "max_consecutive": 32,
+        "warmup_steps": 10,
+        "axis_name": None,
+    },
+    smartclip.geometric_quantile: {"rate": 0.02},
+    smartclip.log_histogram: {"relative_error": 0.01, "decay": None},
+}
+
+
+# Another default would be another run for everybody who has not set the argument.
+@pytest.mark.parametrize("factory", DEFAULTS, ids=lambda factory: factory.__name__)
+def test_the_defaults_are_those_that_are_documented(factory):
+    parameters = inspect.signature(factory).parameters.values()
+    defaults = {
+        parameter.name: parameter.default
+        for parameter in parameters
+        if parameter.default is not parameter.empty
+    }
+    assert defaults == DEFAULTS[factory]
 
 
 @pytest.mark.parametrize(

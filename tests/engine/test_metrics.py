@@ -217,6 +217,15 @@ def test_without_a_clipper_there_are_no_metrics(state):
     assert smartclip.metrics(state) == {}
 
 
+@pytest.mark.parametrize("kind", ["ClipMetrics", "SkipMetrics"])
+def test_an_exported_program_may_take_and_return_them(kind):
+    skipping = smartclip.skip_spikes(fixed_clip(), window=4).init(PARAMS)
+    record = {"ClipMetrics": skipping.inner_state, "SkipMetrics": skipping.detector}[kind].last
+    assert type(record).__name__ == kind
+    exported = jax.export.export(jax.jit(lambda record: record))(record)
+    assert jax.export.deserialize(exported.serialize()).in_tree == exported.in_tree
+
+
 def test_inside_jit_they_are_those_outside():
     tx = optax.chain(smartclip.autoclip(scope="per_param", max_norm=3.5), optax.sgd(0.1))
 

@@ -3,6 +3,7 @@
 import dataclasses
 import pickle
 import sys
+from collections.abc import Mapping
 
 import flax.serialization
 import jax
@@ -13,7 +14,7 @@ import pytest
 from trees import assert_same_bits
 
 import optax_smartclip as smartclip
-from optax_smartclip.engine.states import select_groups, state
+from optax_smartclip.engine.states import init_state, select_groups, state
 
 PARAMS = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
 SCALES = np.random.default_rng(0).lognormal(size=8).astype(np.float32)
@@ -145,6 +146,12 @@ def test_states_are_made_by_keyword_and_are_trees_of_named_leaves():
         Counter(jnp.zeros(1))
     ((path, leaf),) = jax.tree_util.tree_leaves_with_path(Counter(seen=7))
     assert (jax.tree_util.keystr(path), leaf) == (".seen", 7)
+    # Or whatever looks into mappings would look into states.
+    assert not isinstance(Counter(seen=7), Mapping)
+
+
+def test_before_the_first_step_no_norm_has_been_observed():
+    np.testing.assert_array_equal(init_state({}, 3).num_observed, [0, 0, 0])
 
 
 def test_groups_are_selected_along_the_first_axis_of_every_leaf():

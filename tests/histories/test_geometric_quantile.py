@@ -65,3 +65,7 @@ def test_rests_at_a_constant_norm_and_ignores_zeros():
 def test_lets_everything_pass_before_the_first_norm():
     history = smartclip.geometric_quantile()
     assert history.percentile(history.init(2), 95.0).min() == np.finfo(np.float32).max
+
+
+def test_follows_one_percentile_only():
+    assert smartclip.geometric_quantile().max_percentiles == 1

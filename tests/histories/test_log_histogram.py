@@ -1,6 +1,7 @@
 """The log histogram against numpy.percentile over all norms so far."""
 
 import functools
+import inspect
 
 import hypothesis
 import hypothesis.strategies as st
@@ -167,6 +168,8 @@ def test_norms_outside_of_the_levels(norm, expected):
     # Norms within the levels are found among them all the same.
     _, percentiles = run(history, [[3.0]] * 11 + [[norm]])
     assert_bounds(percentiles[-1, PERCENTILES.index(50.0)], 3.0, 0.1)
+    # And they are counted, at the end where they belong.
+    assert percentiles[-1, PERCENTILES.index(100.0 if norm > 3 else 0.0)] == expected
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.98, 0.9999])
@@ -220,6 +223,13 @@ def test_a_state_of_other_levels_is_refused():
     )
     with pytest.raises(ValueError, match=r"dtype float32, .*, got .* and int32"):
         smartclip.log_histogram(0.1, decay=0.99).record(state, jnp.ones(1, jnp.float32), ())
+
+
+def test_an_array_cannot_set_the_shape_of_the_state():
+    # What users have, whose programs do not check types.
+    factory = inspect.unwrap(smartclip.log_histogram)
+    with pytest.raises(ValueError, match="`relative_error` must be a Python number"):
+        factory(jnp.float32(0.1))
 
 
 SETS_SHAPE = "a Python number from 0.0001 to 0.5 (it sets the shape of the state)"

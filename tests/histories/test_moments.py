@@ -90,6 +90,12 @@ def test_a_power_of_two_changes_no_other_bit(scale):
     assert float(scaled_std) == float(std) * scale
 
 
+def test_the_moments_of_no_norms_are_zero():
+    # Ones would do for all but norms so small that they are lost next to one.
+    for leaf in jax.tree.leaves(init_moments(2)):
+        np.testing.assert_array_equal(leaf, [0, 0])
+
+
 def test_a_deviation_counts_as_at_least_a_hundredth_of_the_mean():
     state = init_moments(2).replace(
         mean=jnp.asarray([4.0, 4.0], jnp.float32), std=jnp.asarray([0.001, 2.0], jnp.float32)

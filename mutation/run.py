@@ -1,0 +1,291 @@
+"""Mutation testing: which small mistakes in the library would the tests not notice?
+
+Each mutant is written into a copy of the tree, in which the tests that judge its module run until
+one fails. `survivors.toml` says of each mutant that none of them kills why it may live.
+
+    python mutation/run.py --modules norms scaling --workers 2
+    python mutation/run.py --resume           # without those that the last run has killed
+
+A worker is forked for each mutant from a process that has imported JAX, but neither compiled
+anything nor imported the library. What the tests compile of the library as it is, they find on
+disk; what a mistake changes is compiled anew.
+"""
+
+# ruff: noqa: D102 - hooks are documented by what calls them.
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import queue
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from mutants import Mutant, find_mutants
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+PACKAGE = "optax_smartclip"
+TARGET = 0.9
+
+# Each is judged by the test file of its name, but for those that have none.
+MODULES = {
+    "histories": "geometric_quantile log_histogram moments ranks ring_buffer",
+    "clippers": "adagc agc autoclip skip_spikes zclip zscore_clip",
+    "engine": "checks graft groups metrics norms rule scaling states trees",
+}
+PATHS = {name: f"{folder}/{name}.py" for folder in MODULES for name in MODULES[folder].split()}
+OTHER_TESTS = {"trees": ["engine/test_groups.py", "engine/test_rule.py"]}
+
+
+def tests_of(path: str) -> list[str]:
+    """The test files that judge a module, the one of its name first."""
+    folder, name = path.removesuffix(".py").split("/")
+    own = OTHER_TESTS.get(name, [f"{folder}/test_{name}.py"])
+    # Defaults and the ranges of arguments are checked for all factories in one place.
+    shared = [] if folder == "engine" and name != "rule" else ["engine/test_checks.py"]
+    return [f"tests/{file}" for file in [*own, *shared]]
+
+
+# Set before JAX is imported, as tests/conftest.py does.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+}
+PRELOADED = [
+    "beartype",
+    "hypothesis",
+    "jax",
+    "jax.export",
+    "jaxtyping",
+    "optax",
+    "pytest",
+]
+MAX_MEMORY = 12 * 2**30
+MAX_WAIT = 3600.0
+
+
+class Judge:
+    """A pytest plugin: few examples, compiled programs from disk, and an end at the first failure.
+
+    Without a mutant, what is compiled is kept and every test is run.
+    """
+
+    def __init__(self, root: str, compiled: str, is_mutant: bool, verdict: Any) -> None:
+        self.root, self.compiled, self.is_mutant = root, compiled, is_mutant
+        self.verdict = verdict
+
+    def pytest_sessionstart(self) -> None:
+        import hypothesis
+        import jax
+
+        hypothesis.settings.register_profile(
+            "mutation", hypothesis.settings.default, max_examples=10, database=None
+        )
+        hypothesis.settings.load_profile("mutation")
+        jax.config.update("jax_compilation_cache_dir", self.compiled)
+        least = 1e9 if self.is_mutant else 0.0  # What a mutant compiles, no other will need.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed and self.is_mutant:
+            self.verdict.send((False, report.nodeid.removeprefix("tests/"), time.process_time()))
+            os._exit(0)
+
+    pytest_collectreport = pytest_runtest_logreport
+
+    def pytest_sessionfinish(self) -> None:
+        loaded = sys.modules[PACKAGE].__file__ or ""
+        if not loaded.startswith(self.root):
+            raise RuntimeError(f"The tests ran with {loaded}.")
+
+
+def judge(
+    root: str, files: list[str], compiled: str, max_seconds: int | None, verdict: Any
+) -> None:
+    """Runs tests in a copy of the tree.
+
+    Sends whether they pass, which failed if not, and the processor's seconds.
+    """
+    import pytest
+
+    resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY, MAX_MEMORY))
+    if max_seconds is not None:
+        # Of the processor, so that a busy machine lets no mutant look dead.
+        resource.setrlimit(resource.RLIMIT_CPU, (max_seconds, max_seconds))
+    with open(Path(root, "output.txt"), "w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.chdir(root)
+    sys.path.insert(0, root)
+    sys.dont_write_bytecode = False  # The copy is ours.
+    plugin = Judge(root, compiled, max_seconds is not None, verdict)
+    options = [
+        "-x",
+        "-q",
+        "--tb=native",
+        "--assert=plain",
+        *(f"-pno:{name}" for name in ("cacheprovider", "cov", "xdist")),
+    ]
+    status = pytest.main([*options, *files], plugins=[plugin])
+    verdict.send((status == 0, f"exit status {int(status)}", time.process_time()))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def run_tests(context: Any, *args: Any) -> tuple[bool, str, float]:
+    """What `judge` sends; if it dies or hangs instead, the tests have failed."""
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=judge, args=(*args, sender))
+    process.start()
+    sender.close()
+    process.join(MAX_WAIT)
+    if process.is_alive():
+        process.kill()
+        return False, "hangs", MAX_WAIT
+    try:
+        return receiver.recv()
+    except EOFError:
+        return False, f"dies of signal {-process.exitcode}", 0.0
+
+
+def copy_tree(target: Path) -> None:
+    """The working tree as it is, without what git ignores."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, target / name)
+
+
+def run_mutants(mutants: Sequence[Mutant], workers: int, compiled: str, done: Any) -> None:
+    """Calls `done(mutant, passed, killer, seconds)` for each."""
+    os.environ.update(ENVIRONMENT)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    copies: queue.Queue[Path] = queue.Queue()
+    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
+        for worker in range(workers):
+            copies.put(Path(folder, f"copy{worker}"))
+            copy_tree(copies.queue[-1])
+
+        duration = {}
+        ages = itertools.count(10**9)
+
+        def run_original(file: str) -> None:
+            copy = copies.get()
+            passed, what, duration[file] = run_tests(context, str(copy), [file], compiled, None)
+            print(f"{duration[file]:6.1f} s  {file}", flush=True)
+            if not passed:
+                raise SystemExit(f"{what} of {file}:\n{(copy / 'output.txt').read_text()}")
+            copies.put(copy)
+
+        def run(mutant: Mutant) -> None:
+            files = tests_of(mutant.path)
+            max_seconds = 30 + 5 * round(sum(duration[file] for file in files))
+            copy = copies.get()
+            target = copy / PACKAGE / mutant.path
+            source = target.read_text()
+            target.write_text(mutant.mutate(source))
+            # Or Python might take it for the mutant before, which was as long.
+            os.utime(target, (next(ages), next(ages)))
+            done(mutant, *run_tests(context, str(copy), files, compiled, max_seconds))
+            target.write_text(source)
+            copies.put(copy)
+
+        with ThreadPoolExecutor(workers) as pool:
+            files = {file: None for mutant in mutants for file in tests_of(mutant.path)}
+            list(pool.map(run_original, files))
+            list(pool.map(run, mutants))
+
+
+def report(results: Iterable[dict[str, Any]]) -> bool:
+    """Prints the table and the survivors; returns whether there are few, each with a reason."""
+    total, killed = Counter[str](), Counter[str]()
+    known = tomllib.loads((HERE / "survivors.toml").read_text()).get("survivors", [])
+    reasons = {tuple(key): group["reason"] for group in known for key in group["mutants"]}
+    survivors = []
+    for result in results:
+        total[result["path"]] += 1
+        killed[result["path"]] += result["killed"]
+        if not result["killed"]:
+            survivors.append(result)
+
+    unexplained = 0
+    for result in survivors:
+        reason = reasons.get((result["path"], result["before"], result["after"]))
+        unexplained += reason is None
+        print(f"\n{PACKAGE}/{result['path']}:{result['line']} {result['operator']}")
+        print(f"  - {result['before']}\n  + {result['after']}\n  {reason or 'NO REASON GIVEN'}")
+
+    print("\n| module | mutants | killed | % |\n| --- | ---: | ---: | ---: |")
+    rows = [(path, total[path], killed[path]) for path in sorted(total)]
+    for name, num, dead in [*rows, ("all", total.total(), killed.total())]:
+        print(f"| {name} | {num} | {dead} | {100 * dead / num:.1f} |")
+    print(f"\n{len(survivors)} survive, {unexplained} of them without a reason.")
+    return killed.total() >= TARGET * total.total() and not unexplained
+
+
+def main() -> None:
+    """Runs what is asked for; exit status 1 if too many survive, or any without a reason."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--modules", nargs="+", choices=PATHS, default=list(PATHS))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--sample", type=float, default=1.0, help="share of each module's mutants")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="keep what was killed last time")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "mutation.json")
+    args = parser.parse_args()
+
+    chooser = random.Random(args.seed)
+    mutants: list[Mutant] = []
+    for name in args.modules:
+        source = (ROOT / PACKAGE / PATHS[name]).read_text()
+        found = list(find_mutants(PATHS[name], source))
+        chosen = chooser.sample(range(len(found)), round(args.sample * len(found)))
+        mutants += [found[index] for index in sorted(chosen)]
+
+    crc = {path: zlib.crc32((ROOT / PACKAGE / path).read_bytes()) for path in PATHS.values()}
+
+    def identity(mutant: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(mutant[name] for name in Mutant._fields)
+
+    saved = json.loads(args.output.read_text()) if args.resume and args.output.exists() else []
+    results = {identity(item): item for item in saved if item["crc"] == crc[item["path"]]}
+    args.output.parent.mkdir(exist_ok=True)
+
+    def done(mutant: Mutant, passed: bool, what: str, seconds: float) -> None:
+        outcome = {
+            "killed": not passed,
+            "by": what,
+            "seconds": seconds,
+            "crc": crc[mutant.path],
+        }
+        results[mutant] = mutant._asdict() | outcome
+        args.output.write_text(json.dumps(list(results.values()), indent=1))
+        print(
+            f"{seconds:6.1f} s  {mutant.path}:{mutant.line} {'SURVIVES' if passed else what}",
+            flush=True,
+        )
+
+    wanted = [mutant for mutant in mutants if not results.get(mutant, {}).get("killed")]
+    run_mutants(wanted, args.workers, str(args.output.parent / "compiled"), done)
+    sys.exit(not report(results[mutant] for mutant in mutants))
+
+
+if __name__ == "__main__":
+    main()
