@@ -1,0 +1,248 @@
+"""Pictures of what a clipper did, from metrics that were collected over the steps.
+
+These are what `smartclip.metrics` returned: a list with one dictionary for each step, or a single
+one with a leading axis of steps, as `jax.lax.scan` returns. What else is in them is ignored. Needs
+Matplotlib, which the extra `plotting` brings.
+"""
+
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, Shaped
+
+from optax_smartclip.engine import checks
+
+try:
+    import matplotlib.pyplot as plt
+    from matplotlib.axes import Axes
+except ImportError as error:
+    raise ImportError(
+        "optax_smartclip.plotting needs Matplotlib: pip install 'optax-smartclip[plotting]'"
+    ) from error
+
+Metrics = Mapping[str, Any] | Sequence[Any]
+Record = dict[str, Shaped[np.ndarray, "steps _"]]
+Steps = Float[np.ndarray, " steps"]
+
+_CLIP_FIELDS = ("grad_norm", "clip_threshold", "clip_scale", "num_steps")
+_SKIP_FIELDS = ("skip_norm", "skip_norm_threshold", "skipped", "num_skipped")
+
+# Okabe and Ito's colours, for any colour vision. Marks differ in shape as well, for print in grey.
+_STYLES: dict[str, dict[str, Any]] = {
+    "norm": {"color": "#0072B2", "linewidth": 0.8},
+    "threshold": {"color": "#E69F00", "linewidth": 1.8, "zorder": 3},
+    "skip threshold": {"color": "#009E73", "linewidth": 1.2, "linestyle": "--"},
+    "clipped": {"color": "#D55E00", "marker": "v", "markersize": 4.5},
+    "skipped": {"color": "#009E73", "marker": "s", "markersize": 7, "markerfacecolor": "none"},
+    "not finite": {"color": "black", "marker": "x"},
+    "zero": {"color": "black", "marker": "+"},
+}
+
+# As much as a picture has room for. A column of a heat map is a pixel wide at least, so that no
+# clipped step is lost.
+_NUM_BINS, _MAX_MARKS, _NUM_COLUMNS, _MAX_LABELS = 2000, 400, 500, 40
+
+
+def plot_norms(
+    metrics: Metrics,
+    *,
+    clipper: str | None = None,
+    group: int | None = None,
+    steps: Any = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draws norm and threshold over the steps, and marks those that were clipped or dropped.
+
+    Infinite thresholds, as in warm-up, leave a gap. NaN and Inf norms are marked at the upper
+    edge, zero norms at the lower one. Steps that `skip_spikes` dropped are marked, and its
+    threshold is drawn. Micro-steps of `optax.MultiSteps`, in which no clipper runs, are left out.
+
+    Every spike stays visible in a long run: of more than 4,000 steps, the least and the largest
+    value in each of 2,000 bins are drawn, and of more than 400 marks of a kind, the highest in each
+    of 400 bins. The legend counts all.
+
+    Args:
+        metrics: One dictionary of `smartclip.metrics` for each step, or a single one whose values
+            have the shape `[steps]` or `[steps, groups]`.
+        clipper: If there are several clippers, the place of one: `"0"` for `"0/grad_norm"`.
+        group: If there are several groups, the number of one.
+        steps: The number of each step, of shape `[steps]`, increasing; by default 1, 2, ...
+        ax: Where to draw; by default, in a new figure of `matplotlib.pyplot`.
+
+    Returns:
+        The axes, with a logarithmic axis of norms.
+
+    Raises:
+        ValueError: If an argument is not as described here.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> from optax_smartclip import plotting
+        >>> logs = {"grad_norm": [1.0, 9.0], "clip_threshold": [3.0, 3.0]}
+        >>> logs |= {"clip_scale": [1.0, 1 / 3], "num_steps": [1, 2]}  # [steps]
+        >>> ax = plotting.plot_norms(logs, ax=Figure().subplots())
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['norm', 'threshold', 'clipped: 1 (50 %)']
+    """
+    x, clip, skip = _read(metrics, clipper, steps)
+    num_groups = clip["grad_norm"].shape[1]
+    if group not in (range(num_groups) if num_groups > 1 else (None, 0)):
+        raise ValueError(f"`group` must be an int from 0 to {num_groups - 1}, got {group!r}.")
+    norm, threshold, ran = (clip[k][:, group or 0] for k in ("grad_norm", "clip_threshold", "ran"))
+    # Of one group among several, nothing is known in a step that its clipper did not see.
+    known = ran | (num_groups == 1)
+    lines, marks = {"norm": norm}, {}
+    if ran.any():
+        lines["threshold"] = threshold
+        marks["clipped"] = ran & np.isfinite(norm) & (norm > threshold)
+    if skip:
+        marks["skipped"] = skip["dropped"][:, 0]
+        if num_groups == 1:
+            lines["skip threshold"] = skip["skip_norm_threshold"][:, 0]
+    rare = {"not finite": known & ~np.isfinite(norm), "zero": known & (norm == 0)}
+    marks |= {name: mask for name, mask in rare.items() if mask.any()}
+
+    ax = plt.subplots(figsize=(8, 3.5), layout="constrained")[1] if ax is None else ax
+    ax.set(xlabel="step", ylabel="gradient norm", yscale="log")
+    for name, values in lines.items():
+        y = np.where(np.isfinite(values) & (values > 0), values, np.nan)
+        kept = _extremes(y)
+        ax.plot(x[kept], y[kept], label=name, **_STYLES[name])
+    for name, mask in marks.items():
+        label = f"{name}: {np.count_nonzero(mask):,} ({100 * mask.mean():.3g} %)"
+        kept = np.flatnonzero(mask)
+        if len(kept) > _MAX_MARKS:
+            bins = kept * _MAX_MARKS // len(mask)
+            order = np.lexsort((norm[kept], bins))
+            kept = kept[order[np.append(np.diff(bins[order]) > 0, True)]]
+        y = norm[kept]
+        inside = np.isfinite(y) & (y > 0)
+        style = {"linestyle": "none", **_STYLES[name]}
+        ax.plot(x[kept[inside]], y[inside], label=label, **style)
+        edge, at_edge = np.where(y == 0, 0.03, 0.97), ax.get_xaxis_transform()
+        ax.plot(x[kept[~inside]], edge[~inside], label=f"_{name}", transform=at_edge, **style)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small", frameon=False)
+    return ax
+
+
+def plot_groups(
+    metrics: Metrics,
+    *,
+    clipper: str | None = None,
+    labels: Sequence[str] | None = None,
+    steps: Any = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draws the clip scale of each group over the steps: the darker, the further it was clipped.
+
+    NaN and Inf norms are grey, with a cross. Of more than 500 steps, a column shows the darkest of
+    several. Steps in which the clipper did not run are left out.
+
+    Args:
+        metrics: As for `plot_norms`; so are `clipper`, `steps` and `ax`.
+        clipper: If there are several clippers, the place of one.
+        labels: The name of each group, from `smartclip.group_labels`; by default 0, 1, ...
+        steps: The number of each step.
+        ax: Where to draw.
+
+    Returns:
+        The axes. Its figure has got a colour bar.
+
+    Raises:
+        ValueError: If an argument is not as described here.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> from optax_smartclip import plotting
+        >>> logs = {"grad_norm": [[1.0, 8.0]], "clip_threshold": [[2.0, 2.0]]}
+        >>> logs |= {"clip_scale": [[1.0, 0.25]], "num_steps": [[1, 1]]}  # [steps, groups]
+        >>> ax = plotting.plot_groups(logs, labels=("body", "head"), ax=Figure().subplots())
+        >>> print(ax.collections[0].get_array().T)
+        [[1.   0.25]]
+    """
+    x, clip, _ = _read(metrics, clipper, steps)
+    if not (ran := clip["ran"][:, 0]).any():
+        raise ValueError(f"`metrics` must have steps of a clipper, got {reprlib.repr(metrics)}.")
+    x, norm, scale = x[ran], clip["grad_norm"][ran], clip["clip_scale"][ran]
+    num_groups = norm.shape[1]
+    labels = [str(number) for number in range(num_groups)] if labels is None else labels
+    if len(labels) != num_groups:
+        raise ValueError(f"`labels` must have {num_groups} entries, one a group, got {labels!r}.")
+    starts = np.arange(0, len(x), -(-len(x) // _NUM_COLUMNS))
+    least = np.fmin.reduceat(scale, starts).T
+    nonfinite = np.logical_or.reduceat(~np.isfinite(norm), starts).T
+    width = x[-1] - x[-2] if len(x) > 1 else 1.0
+    edges = np.append(x[starts], x[-1] + width) - width / 2
+
+    ax = plt.subplots(figsize=(8, 3.5), layout="constrained")[1] if ax is None else ax
+    y, shades = np.arange(num_groups + 1) - 0.5, np.ma.masked_where(nonfinite, least)
+    colours = plt.get_cmap("Blues_r").with_extremes(bad="0.75")
+    image = ax.pcolormesh(edges, y, shades, cmap=colours, clim=(0.0, 1.0), rasterized=True)
+    ax.figure.colorbar(image, ax=ax, label="clip scale", pad=0.02)
+    rows, columns = np.nonzero(nonfinite)
+    ax.plot((edges[:-1] + edges[1:])[columns] / 2, rows, linestyle="none", **_STYLES["not finite"])
+    shown = range(0, num_groups, -(-num_groups // _MAX_LABELS))
+    ax.set_yticks(list(shown), [labels[number] for number in shown])
+    ax.set(xlabel="step", ylabel="group", ylim=(num_groups - 0.5, -0.5))
+    return ax
+
+
+def _extremes(values: Steps) -> Int[np.ndarray, " kept"]:
+    """Where the least and the largest value of each bin are."""
+    width = -(-len(values) // _NUM_BINS)
+    bins = np.pad(values, (0, -len(values) % width), constant_values=np.nan).reshape(-1, width)
+    least = np.where(np.isnan(bins), np.inf, bins).argmin(axis=1)
+    largest = np.where(np.isnan(bins), -np.inf, bins).argmax(axis=1)
+    first = np.arange(0, len(values), width)
+    return np.unique(np.concatenate([first + least, first + largest]))
+
+
+def _records(arrays: Record, fields: tuple[str, ...]) -> dict[str, Record]:
+    """The records with these fields, by place: `"0"` for `"0/grad_norm"`."""
+    places = [name.removesuffix(fields[0]) for name in arrays if name.endswith(fields[0])]
+    return {place[:-1]: {field: arrays[place + field] for field in fields} for place in places}
+
+
+def _read(metrics: Metrics, clipper: str | None, steps: Any) -> tuple[Steps, Record, Record]:
+    """The numbers of the steps that renewed a record, that of a clipper and that of `skip_spikes`.
+
+    `ran` is False, and the norm is the dropped one, where the clipper did not see a dropped step.
+    """
+    try:
+        if not isinstance(metrics, Mapping):
+            metrics = {name: [step[name] for step in metrics] for name in metrics[0]}
+        known = [name for name in metrics if name.rpartition("/")[2] in _CLIP_FIELDS + _SKIP_FIELDS]
+        arrays = {name: np.asarray(metrics[name], np.float64) for name in known}
+        (total,) = {len(array) for array in arrays.values()}
+        arrays = {k: array.reshape(total, *array.shape[1:2] or (1,)) for k, array in arrays.items()}
+        clips, skips = (_records(arrays, fields) for fields in (_CLIP_FIELDS, _SKIP_FIELDS))
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            "`metrics` must be a dictionary of arrays with a leading axis of steps, or a sequence "
+            "of dictionaries with the same names and shapes, as smartclip.metrics returns, got "
+            f"{reprlib.repr(metrics)}."
+        ) from error
+    if clipper is not None or len(clips) > 1:
+        checks.check_choice("clipper", clipper, tuple(clips))
+    x = np.arange(1.0, total + 1) if steps is None else np.asarray(steps, np.float64)
+    if x.shape != (total,) or not np.all(np.diff(x) > 0):
+        raise ValueError(f"`steps` must be {total} increasing numbers, got {steps!r}.")
+
+    nothing = dict.fromkeys(_CLIP_FIELDS, np.full((total, 1), np.nan))
+    clip = clips[clipper] if clipper is not None else next(iter(clips.values()), nothing)
+    skip = next(iter(skips.values()), {})
+    # A count that did not change belongs to a record that was not renewed.
+    clip["ran"] = (np.diff(clip["num_steps"], axis=0, prepend=0) != 0) & bool(clips)
+    drawn = clip["ran"][:, 0]
+    if skip:
+        rises = np.diff(skip["num_skipped"], axis=0, prepend=0) != 0
+        skip["dropped"] = rises & (skip["skipped"] > 0)
+        instead = skip["skip_norm"] if clip["ran"].shape[1] == 1 else np.nan
+        clip["grad_norm"] = np.where(clip["ran"], clip["grad_norm"], instead)
+        drawn = drawn | skip["dropped"][:, 0] | (not clips)
+    if not drawn.any():
+        raise ValueError(f"`metrics` must have at least one step, got {reprlib.repr(metrics)}.")
+    clip, skip = ({k: v[drawn] for k, v in record.items()} for record in (clip, skip))
+    return x[drawn], clip, skip
