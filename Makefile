@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two workers: more cost more in compilation than they gain.
 WORKERS ?= 2
 
-.PHONY: test demo spikes lint format wheel bench rules clean
+.PHONY: test test-lowest demo spikes lint format wheel bench soak rules mutation docs links colabs clean
 
 test: lint
 	$(BIN)/pytest -n $(WORKERS) --cov --cov-report=term
@@ -42,8 +42,28 @@ bench: $(VENV)/test
 rules: $(VENV)/test
 	$(BIN)/python benchmarks/auto_rules.py
 
+# A million steps of every clipper against float64.
+soak: $(VENV)/test
+	$(BIN)/python benchmarks/soak.py
+
+# Which small mistakes would the tests not notice? Half an hour; ARGS="--modules norms" for a part.
+mutation: $(VENV)/mutation
+	$(BIN)/python mutation/run.py $(ARGS)
+
+# Every notebook from top to bottom, in a copy. To renew what they show: colabs/execute.py
+colabs: $(VENV)/colabs
+	$(BIN)/python colabs/execute.py --check
+
+# Warnings are errors. It needs no network once its tools are installed.
+docs: $(VENV)/docs
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+# The links that leave the site.
+links: $(VENV)/docs
+	$(BIN)/sphinx-build -b linkcheck docs docs/_build/links
+
 # A stamp per set of extras, renewed when the dependencies change.
-$(VENV)/test $(VENV)/demo: $(VENV)/%: pyproject.toml | $(BIN)/uv
+$(VENV)/test $(VENV)/demo $(VENV)/docs $(VENV)/colabs $(VENV)/mutation: $(VENV)/%: pyproject.toml | $(BIN)/uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[$*]"
 	@touch $@
 
@@ -57,4 +77,4 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage dist
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist docs/_build docs/colabs

@@ -1,30 +1,174 @@
-"""The pages in docs/: their code runs, and what they link exists."""
+"""The pages in docs/: their code runs and prints what they show, and what they link exists.
 
+That the site is built without a warning is for `make docs`, which needs Sphinx.
+"""
+
+import json
+import os
 import re
+import subprocess
+import sys
+import tomllib
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from documents import ROOT, check_links, run_python_blocks
+from documents import ROOT, functions, run_python_blocks
 
 import optax_smartclip as smartclip
 
-MIGRATING = ROOT / "docs" / "migrating.md"
-INTEGRATIONS = ROOT / "docs" / "integrations.md"
-PROMISES = ROOT / "docs" / "promises.md"
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+DOCS = ROOT / "docs"
+MIGRATING = DOCS / "migrating.md"
+INTEGRATIONS = DOCS / "integrations.md"
+PROMISES = DOCS / "promises.md"
+# What the site is built into lies in folders that begin with an underscore.
+PAGES = sorted(
+    page for page in DOCS.rglob("*.md") if not page.relative_to(DOCS).parts[0].startswith("_")
+)
+# The README links these, so that they are found without the site.
+FROM_THE_README = (DOCS / "choosing.md", INTEGRATIONS, MIGRATING, PROMISES)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_files_and_tests_that_are_linked_exist(page):
-    check_links(page)
+def name_of(page):
+    return str(page.relative_to(DOCS).with_suffix(""))
 
 
-def test_every_page_is_linked_by_the_readme():
-    readme = (ROOT / "README.md").read_text()
+every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
+
+
+def fenced(page):
+    """The blocks of a page: number of the first line, indentation, language, text."""
+    opened = None
+    for number, line in enumerate(page.read_text().splitlines(), start=1):
+        fence = re.match(r"( *)```(.*)$", line)
+        if opened is None and fence:
+            opened = number + 1, *fence.groups(), []
+        elif fence and fence.groups() == (opened[1], ""):
+            yield opened[0], opened[2].partition(" ")[0], opened[3]
+            opened = None
+        elif opened is not None:
+            opened[3].append(line.removeprefix(opened[1]))
+    assert opened is None, page
+
+
+def anchors(page):
+    """The fragments by which the headings of a page are linked."""
+    in_blocks = {first + number for first, _, lines in fenced(page) for number in range(len(lines))}
+    headings = [
+        line.lstrip("# ").lower()
+        for number, line in enumerate(page.read_text().splitlines(), start=1)
+        if line.startswith("#") and number not in in_blocks
+    ]
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}
+
+
+@every_page
+def test_files_tests_and_headings_that_are_linked_exist(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        path, _, name = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        known = functions if file.suffix == ".py" else anchors
+        assert not name or name in known(file), target
+
+
+@every_page
+def test_no_line_is_taken_for_a_comment(page):
+    # A wrapped "18 % of all" must not begin a line with its sign: MyST would leave the line out.
+    assert not re.search(r"^ *%", page.read_text(), flags=re.MULTILINE)
+
+
+def test_every_page_is_in_one_table_of_contents():
+    listed = Counter()
     for page in PAGES:
-        assert f"](docs/{page.name})" in readme
+        for _, language, lines in fenced(page):
+            if language == "{toctree}" and ":glob:" not in lines:
+                listed.update((page.parent / line) for line in lines if re.match(r"\w", line))
+    pages = {page.with_suffix("") for page in PAGES} - {DOCS / "index"}
+    assert listed == Counter(pages)
+
+
+@pytest.mark.parametrize("page", FROM_THE_README, ids=name_of)
+def test_the_readme_links_what_is_read_without_the_site(page):
+    assert f"](docs/{page.name})" in (ROOT / "README.md").read_text()
+
+
+def test_every_public_name_is_in_the_reference():
+    described = Counter()
+    for page in sorted((DOCS / "api").glob("*.md")):
+        module = ""
+        for line in page.read_text().splitlines():
+            if found := re.match(r"\.\. currentmodule:: (\S+)", line):
+                module = found.group(1)
+            if found := re.match(r"\.\. auto(?:function|class):: (\S+)", line):
+                described[
+                    found.group(1) if "." in found.group(1) else f"{module}.{found.group(1)}"
+                ] += 1
+    of_masks = {"masks.except_paths", "masks.except_vectors", "masks.every"}
+    public = {f"optax_smartclip.{name}" for name in {*smartclip.__all__, *of_masks} - {"masks"}}
+    assert public <= described.keys()
+    assert set(described.values()) == {1}
+
+
+# In a process as a user has it, with the devices of a mesh; each page is a program of its own.
+RUNNER = """
+import contextlib, io, json, pathlib, sys
+
+printed = []
+path = pathlib.Path(sys.argv[1])
+for name, blocks in json.loads(path.read_text()):
+    program = {"__name__": "__main__"}
+    for line, code in blocks:
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            exec(compile("\\n" * (line - 1) + code, name, "exec"), program)
+        printed.append(output.getvalue())
+path.write_text(json.dumps(printed))
+"""
+
+
+def test_the_code_of_all_other_pages_runs_and_prints_what_is_shown(tmp_path):
+    programs, shown = [], []
+    for page in PAGES:
+        blocks = list(fenced(page))
+        for _, language, _ in blocks:
+            assert language in {"python", "console", "text", "{toctree}", "{include}", "{eval-rst}"}
+        if page in (INTEGRATIONS, MIGRATING):  # They have a test of their own.
+            continue
+        codes = []
+        texts = {first: "\n".join(lines) for first, language, lines in blocks if language == "text"}
+        for first, language, lines in blocks:
+            if language == "python":
+                codes.append((first, "\n".join(lines) + "\n"))
+                # Between the code and what it prints are two fences and an empty line.
+                shown.append((f"{page}:{first}", texts.get(first + len(lines) + 3, "")))
+        programs.append((str(page), codes))
+    file = tmp_path / "programs.json"
+    file.write_text(json.dumps(programs))
+    # Pages have programs in common with each other and with other tests.
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    command = [sys.executable, "-W", "error", "-c", RUNNER, file]
+    subprocess.run(command, check=True, env={**os.environ, **cache})
+    printed = [output.rstrip("\n") for output in json.loads(file.read_text())]
+    places = [place for place, _ in shown]
+    assert dict(zip(places, printed, strict=True)) == dict(shown)
+
+
+def test_versions_that_are_written_down_twice_agree():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {smartclip.__version__}\n" in citation
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (ruff,) = [name for name in extras["optional-dependencies"]["test"] if "ruff" in name]
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert f"ruff-pre-commit\n    rev: v{ruff.removeprefix('ruff==')}\n" in hooks
 
 
 @pytest.mark.parametrize("page", [INTEGRATIONS, PROMISES], ids=lambda page: page.stem)
