@@ -83,8 +83,8 @@ def autoclip(
     Args:
         percentile: In [0, 100], or None for the auto mode.
         history: Where norms are kept: `ring_buffer(size)`, `log_histogram()` (the whole run) or,
-            with a percentile, `geometric_quantile(rate)`. By default `ring_buffer(112)` in auto mode and
-            `ring_buffer(1024)` with a percentile.
+            with a percentile, `geometric_quantile(rate)`. By default `ring_buffer(112)` in auto
+            mode and `ring_buffer(1024)` with a percentile.
         scope: Which leaves share one norm; see `clip_by_rule`.
         warmup_steps: How many finite norms are observed before clipping starts. By default 1 in
             auto mode and 0 with a percentile.
