@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
 # Two workers: more cost more in compilation than they gain.
 WORKERS ?= 2
 
@@ -9,6 +10,10 @@ WORKERS ?= 2
 
 test: lint
 	$(BIN)/pytest -n $(WORKERS) --cov --cov-report=term
+
+# With the lowest versions that pyproject.toml allows of all that it names.
+test-lowest: $(LOWEST)/test
+	$(LOWEST)/bin/pytest -n $(WORKERS)
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .
@@ -67,6 +72,14 @@ $(VENV)/test $(VENV)/demo $(VENV)/docs $(VENV)/colabs $(VENV)/mutation: $(VENV)/
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[$*]"
 	@touch $@
 
+# Anew each time: what is installed already would be kept if it is newer.
+$(LOWEST)/test: pyproject.toml | $(BIN)/uv
+	rm -rf $(LOWEST)
+	$(BIN)/uv venv --quiet --python $(BIN)/python $(LOWEST)
+	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct \
+		--editable ".[test]"
+	@touch $@
+
 # It takes seconds where pip takes two minutes.
 $(BIN)/uv: | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.5"
@@ -77,4 +90,4 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist docs/_build docs/colabs
+	rm -rf $(VENV) $(LOWEST) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist docs/_build docs/colabs

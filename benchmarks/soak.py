@@ -1,0 +1,454 @@
+"""A million steps of every clipper: do thresholds drift away, counters go wrong, states break?
+
+Runs each clipper over a long stream of norms with drift, level shifts, spikes, bursts, constants,
+zeros and norms that are not finite, and compares with float64:
+
+- the threshold of every step (of 200, for a histogram that forgets), within a tolerance;
+- what comes out: the norm or the threshold, 0 where the norm is not finite, to the bit where
+  nothing is clipped;
+- every counter after every step, exactly;
+- that no state ever holds a NaN or Inf.
+
+Then all counters are set to just below 2 ** 31 - 1: they stop there, and nothing else changes.
+Prints a table; the exit code is 1 if anything is wrong.
+
+    python benchmarks/soak.py [--steps 1000000] [--clippers zscore "autoclip(10"]
+"""
+
+import argparse
+import bisect
+import heapq
+import math
+import os
+import platform
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from auto_rules import quantile
+
+import optax_smartclip as smartclip
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+import reference
+
+STEPS = 1_000_000
+# How many steps are compiled into one program, and run with full counters.
+BLOCK = 50_000
+LARGEST = float(np.finfo(np.float32).max)
+TINY = float(np.finfo(np.float32).tiny)
+MAX_COUNT = 2**31 - 1
+# How far below the largest integer counters are set: all of them get there in a block.
+ROOM = 5
+COUNTERS = ("observed", "recorded", "steps", "clipped", "nonfinite", "skipped")
+# For agc(), which compares gradients with weights.
+WEIGHT = 200.0
+
+# From norms [steps, groups] to thresholds, or to two bounds of each: [2, steps, groups].
+Reference = Callable[[np.ndarray], np.ndarray]
+
+
+def each(rule: Callable[[np.ndarray], Any]) -> Reference:
+    """For any number of groups, from a rule for the norms [steps] of one."""
+    return lambda norms: np.stack([rule(group) for group in norms.T], axis=-1)
+
+
+def of_window(limit: Callable[[list[float]], float], size: int, before: bool) -> Reference:
+    """What `limit` makes of the last finite norms, sorted: those before each, or with it."""
+
+    def rule(norms: np.ndarray) -> np.ndarray:
+        arrived: deque[float] = deque()
+        ordered: list[float] = []
+        thresholds = [math.inf]
+        for norm in norms.tolist():
+            if math.isfinite(norm):
+                if len(arrived) == size:
+                    del ordered[bisect.bisect_left(ordered, arrived.popleft())]
+                arrived.append(norm)
+                bisect.insort(ordered, norm)
+            thresholds.append(limit(ordered) if ordered else math.inf)
+        return np.array(thresholds[:-1] if before else thresholds[1:])
+
+    return each(rule)
+
+
+def fence(ordered: list[float]) -> float:
+    """Tukey's upper fence; of fewer than ten norms, three times the median."""
+    q25, median, q75 = (quantile(ordered, share) for share in (0.25, 0.5, 0.75))
+    limit = 3 * median if len(ordered) < 10 else q75 + 1.5 * (q75 - q25)
+    return limit if limit > 0 else math.inf
+
+
+def outlier(ordered: list[float]) -> float:
+    """The median + 6 spreads, from ten norms on."""
+    q25, median, q75 = (quantile(ordered, share) for share in (0.25, 0.5, 0.75))
+    spread = max((q75 - q25) / 1.349, 0.003 * median)
+    return median + 6 * spread if len(ordered) >= 10 and spread > 0 else math.inf
+
+
+def levels(norms: np.ndarray) -> np.ndarray:
+    """Norms, those beyond the levels of a histogram moved to the last of them."""
+    beyond = (norms > 1e12) & np.isfinite(norms)
+    moved = np.where(beyond, LARGEST, np.maximum(norms, np.float32(1e-12)))
+    return np.where(norms == 0, 0.0, moved.astype(np.float64))
+
+
+def of_all(norms: np.ndarray, percent: float, error: float) -> np.ndarray:
+    """Percentiles of all norms so far, and what a histogram may round them up to.
+
+    Two heaps meet there: all norms below, the largest first, and all above.
+    """
+    below: list[float] = []
+    above: list[float] = []
+    percentiles = []
+    for norm in levels(norms).tolist():
+        if math.isfinite(norm):
+            place = percent / 100 * (len(below) + len(above))
+            heapq.heappush(above, -heapq.heappushpop(below, -norm))
+            while len(below) < int(place) + 1:
+                heapq.heappush(below, -heapq.heappop(above))
+        largest = -below[0]
+        share = place - int(place)
+        percentiles.append(largest + share * (above[0] - largest) if above else largest)
+    return np.outer([1, 1 + error], percentiles)
+
+
+def of_faded(norms: np.ndarray, percent: float, error: float, decay: float) -> np.ndarray:
+    """The same of norms whose weight fades, after 200 of the steps; no bounds after the others."""
+    bounds = np.array([[0.0], [math.inf]]) + np.zeros(len(norms))
+    for step in np.linspace(0, len(norms) - 1, 200).astype(int):
+        seen = levels(norms[: step + 1])
+        # The weight of all norms before these is e ** -15.
+        seen = seen[np.isfinite(seen)][int(-15 / (1 - decay)) :]
+        # Weights are rounded to float32: the percentile may be that of a little more or less.
+        low, high = (reference.fading_percentile(seen, percent + p, decay) for p in (-0.01, 0.01))
+        bounds[:, step] = low, (1 + error) * high
+    return bounds
+
+
+# Norms are kept as they are, so that only the interpolation between two of them is rounded.
+EXACT = 1e-6
+# Moving averages round at every step, by 6e-8, and remember that as long as the norms: some 100
+# steps. Differences to a mean magnify it. A quantile that is moved by factors rounds as well; a
+# norm between it and the reference joins the two again.
+AVERAGES = 1e-4
+# As published, it locks up after a rise. Its standard deviation is then next to nothing, and what
+# is an outlier is decided by the last digits of the mean.
+LOCKED = 1e-2
+
+
+class Clipper(NamedTuple):
+    """A clipper and what it is held to.
+
+    Attributes:
+        tx: The transformation.
+        reference: Its thresholds in float64.
+        tolerance: By how much of itself a threshold may differ.
+        num_groups: How many leaves the gradient has, each of which is a group.
+        records_zeros: Whether its rule counts norms of zero.
+        smallest: Norms below it may be reported as zero.
+    """
+
+    tx: optax.GradientTransformation
+    reference: Reference
+    tolerance: float = EXACT
+    num_groups: int = 1
+    records_zeros: bool = False
+    smallest: float = 0.0
+
+
+CLIPPERS = {
+    "autoclip()": Clipper(
+        smartclip.autoclip(), of_window(fence, 112, before=True), records_zeros=True
+    ),
+    "autoclip(10)": Clipper(
+        smartclip.autoclip(10.0), of_window(partial(quantile, fraction=0.1), 1024, before=False)
+    ),
+    "autoclip(90, ring_buffer(7), per_param)": Clipper(
+        smartclip.autoclip(90.0, history=smartclip.ring_buffer(7), scope="per_param"),
+        of_window(partial(quantile, fraction=0.9), 7, before=False),
+        num_groups=3,
+    ),
+    "autoclip(95, geometric_quantile)": Clipper(
+        smartclip.autoclip(95.0, history=smartclip.geometric_quantile()),
+        each(partial(reference.geometric_estimates, percentile=95.0, rate=0.02)),
+        AVERAGES,
+    ),
+    "autoclip(10, log_histogram)": Clipper(
+        smartclip.autoclip(10.0, history=smartclip.log_histogram(0.01)),
+        each(partial(of_all, percent=10.0, error=0.01)),
+    ),
+    "autoclip(10, log_histogram(decay=0.9999))": Clipper(
+        smartclip.autoclip(10.0, history=smartclip.log_histogram(0.01, decay=0.9999)),
+        each(partial(of_faded, percent=10.0, error=0.01, decay=0.9999)),
+    ),
+    "zscore_clip()": Clipper(smartclip.zscore_clip(), each(reference.zscore_thresholds), AVERAGES),
+    "zclip(max_norm=None)": Clipper(
+        smartclip.zclip(max_norm=None),
+        each(lambda norms: reference.zclip_thresholds(norms)[0]),
+        LOCKED,
+    ),
+    "zclip(max_norm=None, record_limit=3)": Clipper(
+        smartclip.zclip(max_norm=None, record_limit=3.0),
+        each(lambda norms: reference.zclip_thresholds(norms, record_limit=3.0)[0]),
+        AVERAGES,
+    ),
+    "adagc()": Clipper(smartclip.adagc(), reference.adagc_thresholds, AVERAGES, num_groups=3),
+    "adagc(absolute_clip=None, record_limit=3)": Clipper(
+        smartclip.adagc(absolute_clip=None, record_limit=3.0),
+        partial(reference.adagc_thresholds, absolute_clip=None, record_limit=3.0),
+        AVERAGES,
+        num_groups=3,
+    ),
+    # It does not care for norms whose squares underflow, as its thresholds are far above.
+    "agc()": Clipper(
+        smartclip.agc(), lambda norms: np.full(norms.shape, 0.01 * WEIGHT), smallest=1e-18
+    ),
+    "skip_spikes(identity)": Clipper(
+        smartclip.skip_spikes(optax.identity()), of_window(outlier, 128, before=True)
+    ),
+}
+
+
+def make_norms(steps: int, num_groups: int, seed: int = 0) -> np.ndarray:
+    """Norms float32[steps, groups] with all that goes wrong, some of it within 3000 steps."""
+    rng = np.random.default_rng(seed)
+    step = np.arange(steps)
+    # Four decades slowly, two more quickly, and a jump of a decade every 20,000 steps.
+    level = 2 * np.sin(step[:, None] / 30_000 + np.arange(num_groups))
+    level += np.sin(step[:, None] / 1_000)
+    level += rng.choice([0, 1], (steps // 20_000 + 1, num_groups))[step // 20_000]
+    norms = 10**level * np.exp(0.3 * rng.normal(size=level.shape))
+    trouble = rng.random(level.shape)
+    norms *= np.where(trouble < 0.01, 10 ** rng.uniform(1, 6, level.shape), 1)
+    norms[step % 5_000 // 20 == 40] *= 100
+    norms[(step % 10_000 >= 1_200) & (step % 10_000 < 1_500)] = 2
+    for start, share, value in [(0.01, 2e-3, 0), (0.02, 2e-4, 1e30), (0.03, 2e-4, 1e-30)]:
+        norms[(trouble > start) & (trouble < start + share)] = value
+    norms[(step % 10_000 >= 2_000) & (step % 10_000 < 2_200)] = 0
+    norms[trouble > 0.995] = np.inf
+    norms[trouble > 0.998] = np.nan
+    # What there is to learn from in the beginning is not damaged.
+    norms[:50] = np.exp(0.3 * rng.normal(size=norms[:50].shape))
+    return norms.astype(np.float32)
+
+
+class Run(NamedTuple):
+    """What a clipper did, for each step and group.
+
+    Attributes:
+        norms: What it says that the norms were.
+        thresholds: What it held them to.
+        out: The norms of the updates.
+        scales: What it says that it multiplied by.
+        clipped: Whether it says that it clipped, or dropped.
+        counts: Each of its counters, by path.
+        clean: Whether the state after it was finite.
+    """
+
+    norms: np.ndarray
+    thresholds: np.ndarray
+    out: np.ndarray
+    scales: np.ndarray
+    clipped: np.ndarray
+    counts: dict[str, np.ndarray]
+    clean: np.ndarray
+
+
+def by_path(state: Any) -> dict[str, jax.Array]:
+    """The leaves of a state."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): jnp.atleast_1d(leaf) for path, leaf in leaves}
+
+
+def is_counter(path: str) -> bool:
+    """Whether a leaf is one of the counters that grow for ever."""
+    return path.rsplit(".num_", 1)[-1] in COUNTERS
+
+
+def compile_steps(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Run]]:
+    """From a state and norms [steps, groups] to the next state and what there is to know."""
+
+    def step(state: Any, norms: jax.Array) -> tuple[Any, Run]:
+        grads = list(norms[:, None])
+        updates, state = tx.update(grads, state, weights(len(grads)))
+        record = smartclip.metrics(state)
+        if "skipped" in record:
+            names = ("skip_norm", "skip_norm_threshold", "skipped")
+            scale = jnp.where(record["skipped"], 0.0, 1.0)
+        else:
+            names = ("grad_norm", "clip_threshold", "clipped")
+            scale = record["clip_scale"]
+        norm, threshold, clipped = (jnp.atleast_1d(record[name]) for name in names)
+        leaves = by_path(state)
+        # The reported record holds what the norms were.
+        learnt = [leaf for path, leaf in leaves.items() if ".last." not in path]
+        return state, Run(
+            norms=norm,
+            thresholds=threshold,
+            out=jnp.concatenate(updates),
+            scales=jnp.atleast_1d(scale),
+            clipped=clipped,
+            counts={path: leaf for path, leaf in leaves.items() if is_counter(path)},
+            clean=jnp.stack([jnp.isfinite(leaf).all() for leaf in learnt]).all(),
+        )
+
+    return jax.jit(lambda state, norms: jax.lax.scan(step, state, norms))
+
+
+def weights(num_groups: int) -> list[jax.Array]:
+    """Of one element each, as the gradients are, so that norms are exact."""
+    return [jnp.full(1, WEIGHT, jnp.float32) for _ in range(num_groups)]
+
+
+def relative_errors(thresholds: np.ndarray, norms: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """How much larger thresholds [steps, groups] are than the reference, as a share of it."""
+    expected = np.where(expected > LARGEST, np.inf, expected)
+    low, high = expected if expected.ndim == 3 else (expected, expected)
+    nearest = np.clip(thresholds.astype(np.float64), low, high)
+    with np.errstate(all="ignore"):
+        # Below the smallest normal number, numbers may be flushed to zero.
+        errors = (thresholds - nearest) / np.maximum(nearest, TINY)
+    errors[(thresholds == nearest) | ~np.isfinite(norms)] = 0
+    return np.where(np.isnan(errors), np.inf, errors)
+
+
+def dropped_steps(norms: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """Which steps are dropped: not finite, or a spike, but never more than 32 of these in a row."""
+    dropped = ~np.isfinite(norms)
+    in_a_row = 0
+    for place in np.flatnonzero(~dropped):
+        dropped[place] = norms[place] > thresholds[place] and in_a_row < 32
+        in_a_row = in_a_row + 1 if dropped[place] else 0
+    return dropped
+
+
+def first(wrong: np.ndarray) -> str:
+    """Where something is wrong for the first time."""
+    return f"from step {int(np.argmax(wrong.reshape(len(wrong), -1).any(axis=1)))} on"
+
+
+def check_outputs(clipper: Clipper, norms: np.ndarray, ran: Run) -> list[str]:
+    """What is wrong with norms, decisions, updates and counters, given the thresholds."""
+    skips = any("num_skipped" in path for path in ran.counts)
+    finite = np.isfinite(norms)
+    shown = np.where(finite, norms, 0)
+    if skips:
+        clipped = dropped_steps(norms[:, 0], ran.thresholds[:, 0])[:, None]
+        limits, unsure = np.zeros(norms.shape), np.zeros(norms.shape)
+    else:
+        clipped = finite & (norms > ran.thresholds)
+        limits = np.where(clipped, ran.thresholds, 0).astype(np.float64)
+        # A scale below the smallest normal number may be flushed to zero.
+        unsure = 1e-6 * limits + 2 * TINY * np.maximum(1, shown)
+    wrong = {
+        "norm": ~(np.abs(ran.norms - shown) <= clipper.smallest) & finite,
+        "scale": ~((ran.scales >= 0) & (ran.scales <= 1))
+        | ((ran.scales < 1) != (ran.clipped | ~finite)),
+        "update": ~(np.abs(ran.out - np.where(clipped, limits, shown)) <= clipped * unsure),
+        "decision": ran.clipped != clipped,
+        "state": ~ran.clean,
+    }
+    expected = {
+        "steps": np.ones_like(finite),
+        "clipped": clipped,
+        "skipped": clipped,
+        "nonfinite": ~finite,
+        # Of skip_spikes, losses as well; there are none.
+        "observed": np.hstack([finite, np.zeros_like(finite)]) if skips else finite,
+        "recorded": finite & ((norms > 0) | clipper.records_zeros),
+    }
+    for path, counts in ran.counts.items():
+        wrong[path] = counts != expected[path.rsplit(".num_", 1)[-1]].cumsum(axis=0)
+    return [f"{name} wrong {first(where)}" for name, where in wrong.items() if where.any()]
+
+
+def check_saturation(steps: Callable[..., Any], state: Any, norms: np.ndarray) -> list[str]:
+    """What is wrong when counters are near the largest integer."""
+
+    def count_from(path: Any, leaf: jax.Array) -> jax.Array:
+        is_one = is_counter(jax.tree_util.keystr(path))
+        return jnp.full_like(leaf, MAX_COUNT - ROOM) if is_one else leaf
+
+    def rest(end: Any, ran: Run) -> list[bytes]:
+        leaves = by_path((end, ran._replace(counts={}))).items()
+        return [np.asarray(leaf).tobytes() for path, leaf in leaves if not is_counter(path)]
+
+    usual = steps(state, norms)
+    full = steps(jax.tree_util.tree_map_with_path(count_from, state), norms)
+    problems = []
+    for path, counts in usual[1].counts.items():
+        increase = np.asarray(counts, np.int64) - np.asarray(by_path(state)[path])
+        if np.any(full[1].counts[path] != np.minimum(MAX_COUNT - ROOM + increase, MAX_COUNT)):
+            problems.append(f"{path} does not stop at 2 ** 31 - 1")
+    if rest(*full) != rest(*usual):
+        problems.append("full counters change what the clipper does")
+    return problems
+
+
+def soak(clipper: Clipper, num_steps: int = STEPS) -> tuple[float, int, list[str]]:
+    """Runs a clipper for so many steps, and then with full counters.
+
+    Returns:
+        How much larger than its reference the threshold was that was furthest from it, as a share;
+        at which step; all that is wrong.
+    """
+    norms = make_norms(num_steps, clipper.num_groups)
+    steps = compile_steps(clipper.tx)
+    state = clipper.tx.init(weights(clipper.num_groups))
+    parts = []
+    for place in range(0, num_steps, BLOCK):
+        state, part = steps(state, norms[place : place + BLOCK])
+        parts.append(jax.device_get(part))
+    ran = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+    problems = check_outputs(clipper, norms, ran)
+    errors = relative_errors(ran.thresholds, norms, clipper.reference(norms))
+    outside = np.abs(errors) > clipper.tolerance
+    problems += [f"threshold wrong {first(outside)}"] if outside.any() else []
+    problems += check_saturation(steps, state, norms[:BLOCK])
+    place, group = np.unravel_index(np.argmax(np.abs(errors)), errors.shape)
+    return float(errors[place, group]), int(place), problems
+
+
+def main() -> int:
+    """Prints the table; 1 if anything is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--clippers", nargs="+", default=[""], help="parts of their names")
+    arguments = parser.parse_args()
+    chosen = [label for label in CLIPPERS if any(part in label for part in arguments.clippers)]
+    if not chosen:
+        parser.error(f"there are {', '.join(CLIPPERS)}")
+    libraries = f"jax {jax.__version__}, optax {optax.__version__}, NumPy {np.__version__}"
+    machine = f"{os.cpu_count()} CPU cores, {platform.machine()}, {jax.default_backend()}"
+    print(f"Python {platform.python_version()}, {libraries}, {machine}")
+    print(
+        f"{'clipper':44}{'steps':>10}{'error':>10}{'at step':>10}{'allowed':>9}"
+        f"{'counters':>10}{'seconds':>9}"
+    )
+    start = time.perf_counter()
+    failed = 0
+    for label in chosen:
+        before = time.perf_counter()
+        error, place, problems = soak(CLIPPERS[label], arguments.steps)
+        failed += bool(problems)
+        counts = "wrong" if re.search("num_|counters", "".join(problems)) else "exact"
+        line = f"{label:44}{arguments.steps:>10,}{error:>+10.1e}{place:>10,}"
+        line += f"{CLIPPERS[label].tolerance:>9.0e}{counts:>10}{time.perf_counter() - before:>9.1f}"
+        print("\n    ".join([line, *problems]), flush=True)
+    outcome = f"{failed} of {len(chosen)} are wrong" if failed else "All is well"
+    print(f"{outcome}, after {time.perf_counter() - start:.0f} s.")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
