@@ -261,31 +261,19 @@ def furthest_unit(norms: list[Array], limits: list[Array]) -> tuple[Norms, Norms
         return jnp.zeros(1, jnp.float32), jnp.full(1, jnp.inf, jnp.float32)
 
     # Leaf by leaf, and the leaves only at the end: a maximum over all of them that each is then
-    # compared with would be computed anew in the program for each. In one reduction per leaf, as
-    # thousands of small ones take longer than to scale the gradient.
+    # compared with would be computed anew in the program for each.
     def furthest(norm: Array, limit: Array) -> tuple[Array, Array, Array]:
         positive = limit > 0
         over = jnp.where(norm > 0, jnp.inf, 0.0)
         ratio = jnp.where(positive, norm / jnp.where(positive, limit, 1.0), over)
         # However far over its threshold a finite norm is, one that is not comes first.
         ratio = jnp.where(jnp.isfinite(norm), jnp.minimum(ratio, LARGEST), jnp.inf)
-        operands = jax.lax.stop_gradient((ratio, norm, limit))
-        first = tuple(map(jnp.float32, (-1.0, 0.0, jnp.inf)))
-        result: tuple[Array, Array, Array] = jax.lax.reduce(
-            operands, first, _further, tuple(range(norm.ndim))
-        )
-        return result
+        largest = jnp.max(ratio, initial=0.0)
+        its_norm = jnp.max(jnp.where(ratio == largest, norm, 0.0), initial=0.0)
+        its_own = (ratio == largest) & (norm == its_norm)
+        return largest, its_norm, jnp.min(jnp.where(its_own, limit, jnp.inf), initial=jnp.inf)
 
     each = [furthest(norm, limit) for norm, limit in zip(norms, limits, strict=True)]
     ratio, norm, limit = (jnp.stack(values) for values in zip(*each, strict=True))
     leaf = jnp.argmax(ratio, keepdims=True)
     return norm[leaf], limit[leaf]
-
-
-def _further(one: tuple[Array, ...], other: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Of two units, given as ratio, norm and limit, the one that is further over its threshold."""
-    (ratio, norm, limit), (ratio2, norm2, limit2) = one, other
-    tie = ratio == ratio2
-    bigger = (norm > norm2) | ((norm == norm2) & (limit <= limit2)) | jnp.isnan(norm)
-    first = (ratio > ratio2) | (tie & bigger)
-    return tuple(jnp.where(first, x, y) for x, y in zip(one, other, strict=True))
