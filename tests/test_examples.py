@@ -29,7 +29,7 @@ def train_on_mesh(num_devices):
 
 
 def test_training_on_a_mesh_is_that_on_one_device_and_learns():
-    on_mesh, alone = train_on_mesh(8), train_on_mesh(1)
+    on_mesh, alone = train_on_mesh(4), train_on_mesh(1)
     np.testing.assert_allclose(on_mesh, alone, rtol=1e-3)
     steps, losses = on_mesh[:, 0], on_mesh[:, 1]
     np.testing.assert_array_equal(steps, np.arange(10, 41, 10))

@@ -52,7 +52,7 @@ WARMED_UP = 110
 
 
 # No search for the shortest failing run: it would take minutes.
-SETTINGS = settings(max_examples=10, stateful_step_count=25, phases=[Phase.generate])
+SETTINGS = settings(max_examples=6, stateful_step_count=25, phases=[Phase.generate])
 
 
 def fence(norms):
