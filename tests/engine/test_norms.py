@@ -106,9 +106,10 @@ def test_a_sum_can_overflow_where_no_square_does():
     np.testing.assert_allclose(norm_of_one(array), 3.6e20, rtol=1e-6)
 
 
-def test_squares_that_are_lost_next_to_one_that_is_not_are_counted():
-    # The first square is just above the smallest normal number, the many others are below it.
-    array = np.r_[1.6e-19, np.full(10_000, 1e-19)].astype(np.float32)
+@pytest.mark.parametrize(("large", "number"), [(1.6e-19, 10_000), (3e-18, 100_000)])
+def test_squares_that_are_lost_next_to_one_that_is_not_are_counted(large, number):
+    # The first square is above the smallest normal number, the many others are below it.
+    array = np.r_[large, np.full(number, 1e-19)].astype(np.float32)
     np.testing.assert_allclose(norm_of_one(array), reference.norm(array), rtol=1e-6)
 
 
