@@ -303,3 +303,24 @@ def test_a_second_reading_is_only_for_norms_that_need_it(norms, rounds):
     jax.effects_barrier()
     np.testing.assert_allclose(found, norms, rtol=1e-6)
     assert len(read) == 1 + rounds
+
+
+@pytest.mark.parametrize("axis_name", ["batch", ["batch"], ("batch",)])
+def test_mapped_axes_may_be_named_by_a_string_a_list_or_a_tuple(axis_name):
+    arrays = jnp.asarray([[3.0], [4.0]], jnp.float32)
+
+    def norm(array):
+        return group_norms([array], by_leaf([0], 1), axis_name=axis_name)[0]
+
+    np.testing.assert_allclose(jax.vmap(norm, axis_name="batch")(arrays), [5.0, 5.0], rtol=1e-6)
+
+
+def test_equal_partitions_are_one_object_by_which_eager_steps_find_their_program():
+    assert by_leaf([0, 1], 2) is by_leaf((0, 1), 2)
+    assert by_leaf([0, 1], 2) is not by_leaf([1, 0], 2)
+    assert by_unit([(0,), ()]) is by_unit([(0,), ()])
+
+
+def test_values_are_taken_apart_by_one_compiled_function():
+    program = jax.make_jaxpr(by_leaf([0, 1], 2).spread)(jnp.ones(2))
+    assert [equation.params.get("name") for equation in program.eqns] == ["_apart"]

@@ -176,3 +176,17 @@ def test_leaves_are_scaled_by_their_group_and_rows_by_their_own(nonfinite):
     norms, limits = [jnp.asarray([[4.0], [jnp.nan]])], [jnp.asarray([[1.0], [1.0]])]
     (rows,) = clip_arrays(arrays[:1], by_unit([(1,)]), norms, limits, nonfinite)
     np.testing.assert_array_equal(rows, [[2.0, 2.0], [other, other]])
+
+
+@pytest.mark.parametrize("nonfinite", ["zero", "propagate"])
+def test_each_array_is_clipped_by_the_norm_and_the_limit_of_its_group(nonfinite):
+    norms = np.array([0.5, 2.0, 1.0, np.inf, np.nan, 0.0], np.float32)
+    limits = np.array([1.0, 1.0, 1.0, 1.0, 1.0, 0.0], np.float32)
+    arrays = [jnp.full(3, place + 1.0) for place in range(6)]
+    clipped = clip_arrays(
+        arrays, by_leaf(range(6), 6), jnp.asarray(norms), jnp.asarray(limits), nonfinite
+    )
+    kept = 0.0 if nonfinite == "zero" else 1.0
+    scales = [1.0, 0.5, 1.0, kept, kept, 1.0]
+    expected = [np.full(3, scale * (place + 1)) for place, scale in enumerate(scales)]
+    np.testing.assert_array_equal(clipped, expected)
