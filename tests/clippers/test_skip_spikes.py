@@ -529,3 +529,26 @@ def test_a_loss_or_norm_that_is_no_scalar_is_refused(name, shape):
     with pytest.raises(ValueError, match="must be a scalar") as error:
         tx.update(jnp.ones(1), tx.init(jnp.ones(1)), **{name: jnp.ones(shape)})
     assert str(error.value) == f"`{name}` must be a scalar, got the shape {shape}."
+
+
+def test_a_norm_at_the_threshold_itself_is_not_dropped():
+    tx = smartclip.skip_spikes(optax.identity())
+    update = jax.jit(tx.update)
+
+    def after(state, norm):
+        return smartclip.metrics(update(jnp.asarray([norm], jnp.float32), state)[1])
+
+    state = tx.init(jnp.zeros(1))
+    for norm in noise(20):
+        _, state = update(jnp.asarray([norm], jnp.float32), state)
+    threshold = after(state, 1.0)["skip_norm_threshold"]
+    assert not after(state, threshold)["skipped"]
+    assert after(state, np.nextafter(threshold, np.float32(np.inf)))["skipped"]
+
+
+def test_before_the_first_step_nothing_has_been_seen():
+    record = smartclip.metrics(smartclip.skip_spikes(optax.identity()).init(jnp.zeros(1)))
+    infinite = {"skip_norm_threshold", "skip_value_threshold"}
+    assert {name: value.item() for name, value in record.items()} == {
+        name: np.inf if name in infinite else 0 for name in record
+    }
