@@ -249,7 +249,7 @@ def _group_norms_jvp(
     return norms, jax.tree.map(as_float32, _sum_over(partition.total(products), axis_name))
 
 
-# Eager steps would otherwise trace the two branches anew each time.
+# Eager steps would otherwise trace the loop that reads again anew each time.
 _compiled_group_norms = jax.jit(_group_norms, static_argnums=(0, 1, 2, 3))
 
 
