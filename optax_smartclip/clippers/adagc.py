@@ -96,17 +96,10 @@ def adagc(
         >>> print(f"{updates['w']:.3f} {updates['b']:.3f}")  # 1.04 * 0.6, and 0.5 as it was
         0.624 0.500
     """
-    checks.check_number(
-        "relative_clip", relative_clip, 0.0, float("inf"), allowed="positive", strict_low=True
-    )
-    checks.check_number("decay", decay, 0.0, 1.0, allowed="in [0, 1)", strict_high=True)
-    for name, value, none in (
-        ("absolute_clip", absolute_clip, "cut nothing in warm-up"),
-        ("record_limit", record_limit, "record clipped norms"),
-    ):
-        if value is not None:
-            allowed = f"positive, or None to {none}"
-            checks.check_number(name, value, 0.0, float("inf"), allowed=allowed, strict_low=True)
+    checks.check_positive("relative_clip", relative_clip)
+    checks.check_decay(decay)
+    checks.check_positive("absolute_clip", absolute_clip, none="to cut nothing in warm-up")
+    checks.check_positive("record_limit", record_limit, none="to record clipped norms")
     checks.check_shared(warmup_steps, max_norm, nonfinite)
     # The rule has a threshold of its own in warm-up.
     return clip_by_rule(

@@ -115,10 +115,8 @@ def agc(
         >>> print(smartclip.metrics(state)["clip_threshold"])
         0.1
     """
-    checks.check_number(
-        "clipping", clipping, 0.0, float("inf"), allowed="positive", strict_low=True
-    )
-    checks.check_number("eps", eps, 0.0, float("inf"), allowed="positive", strict_low=True)
+    checks.check_positive("clipping", clipping)
+    checks.check_positive("eps", eps)
     checks.check_shared(warmup_steps, max_norm, nonfinite)
     check_scope(scope, ("unit", *SCOPES))
     check_unit_axes(unit_axes, scope)

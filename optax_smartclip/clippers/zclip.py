@@ -99,18 +99,10 @@ def zclip(
         2.50
     """
     checks.check_number("zmax", zmax, 0.0, float("inf"), allowed=">= 0")
-    checks.check_number("decay", decay, 0.0, 1.0, allowed="in [0, 1)", strict_high=True)
+    checks.check_decay(decay)
     checks.check_choice("clip_to", clip_to, ("reciprocal", "mean", "max"))
     checks.check_number("clip_factor", clip_factor, 0.0, 1.0, allowed="in (0, 1]", strict_low=True)
-    if record_limit is not None:
-        checks.check_number(
-            "record_limit",
-            record_limit,
-            0.0,
-            float("inf"),
-            allowed="positive, or None to record clipped norms",
-            strict_low=True,
-        )
+    checks.check_positive("record_limit", record_limit, none="to record clipped norms")
     return clip_by_rule(
         zclip_rule(zmax, decay, clip_to, clip_factor, record_limit, warmup_steps),
         scope=scope,

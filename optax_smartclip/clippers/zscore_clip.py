@@ -82,7 +82,7 @@ def zscore_clip(
         4.0
     """
     checks.check_number("zmax", zmax, 0.0, float("inf"), allowed=">= 0")
-    checks.check_number("decay", decay, 0.0, 1.0, allowed="in [0, 1)", strict_high=True)
+    checks.check_decay(decay)
     return clip_by_rule(
         zscore_rule(zmax, decay),
         scope=scope,

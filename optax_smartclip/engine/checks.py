@@ -43,6 +43,18 @@ def check_number(
         raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
 
 
+def check_positive(name: str, value: Any, *, none: str = "") -> None:
+    """Raises ValueError unless `value > 0`, or None where `none` says what that is for."""
+    if value is not None or not none:
+        allowed = f"positive, or None {none}" if none else "positive"
+        check_number(name, value, 0.0, float("inf"), allowed=allowed, strict_low=True)
+
+
+def check_decay(decay: Any) -> None:
+    """Raises ValueError unless `0 <= decay < 1`."""
+    check_number("decay", decay, 0.0, 1.0, allowed="in [0, 1)", strict_high=True)
+
+
 def check_size(name: str, value: Any, high: int, *, low: int = 1) -> None:
     """Raises ValueError unless `value` is a Python int from `low` to `high`: it sets a shape."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
@@ -69,13 +81,5 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 def check_shared(warmup_steps: Any, max_norm: Any, nonfinite: Any) -> None:
     """Checks the arguments that all clippers share."""
     check_number("warmup_steps", warmup_steps, 0.0, 2.0**31 - 1, allowed="a number of steps, >= 0")
-    if max_norm is not None:
-        check_number(
-            "max_norm",
-            max_norm,
-            0.0,
-            float("inf"),
-            allowed="positive, or None for no ceiling",
-            strict_low=True,
-        )
+    check_positive("max_norm", max_norm, none="for no ceiling")
     check_choice("nonfinite", nonfinite, ("zero", "propagate"))
