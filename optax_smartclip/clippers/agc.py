@@ -204,7 +204,7 @@ def check_unit_axes(unit_axes: UnitAxes, scope: Scope) -> None:
 
 
 def reduced_axes(
-    path: KeyPath, shape: tuple[int, ...], unit_axes: UnitAxes, split: bool = False
+    path: KeyPath, shape: tuple[int, ...], unit_axes: UnitAxes, split: bool
 ) -> tuple[int, ...]:
     """The axes of a leaf over which a unit's norm is taken.
 
