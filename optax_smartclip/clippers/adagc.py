@@ -19,9 +19,9 @@ from jaxtyping import Array, Float32, Int32
 
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.groups import Scope
-from optax_smartclip.engine.metrics import increment_where
 from optax_smartclip.engine.norms import AxisName, Norms, as_float32, safe_sqrt
 from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
+from optax_smartclip.engine.scaling import has_reached
 from optax_smartclip.engine.states import select_groups, state
 from optax_smartclip.histories.moments import new_weight
 
@@ -122,12 +122,12 @@ def adagc_rule(
             num_recorded=jnp.zeros(num_groups, jnp.int32),
         )
 
-    def is_warming_up(state: AdaGCState) -> Any:
-        return as_float32(state.num_recorded) < jnp.maximum(as_float32(warmup_steps), 1.0)
+    def is_warm(state: AdaGCState) -> Any:
+        return has_reached(state.num_recorded, jnp.maximum(as_float32(warmup_steps), 1.0))
 
     def threshold(state: AdaGCState, norms: Norms) -> Norms:
         in_warmup = share_of_total(norms, absolute_clip)
-        return jnp.where(is_warming_up(state), in_warmup, as_float32(relative_clip) * state.average)
+        return jnp.where(is_warm(state), as_float32(relative_clip) * state.average, in_warmup)
 
     def record(state: AdaGCState, norms: Norms, thresholds: Norms) -> AdaGCState:
         clipped = jnp.minimum(norms, thresholds)
@@ -135,10 +135,8 @@ def adagc_rule(
         limit = thresholds if record_limit is None else as_float32(record_limit) * state.average
         change = jnp.minimum(norms, limit) - state.average
         moved = AdaGCState(
-            average=jnp.where(
-                is_warming_up(state), smallest, state.average + new_weight(decay) * change
-            ),
-            num_recorded=increment_where(norms > 0, state.num_recorded),
+            average=jnp.where(is_warm(state), state.average + new_weight(decay) * change, smallest),
+            num_recorded=optax.safe_increment(state.num_recorded),
         )
         return select_groups(norms > 0, moved, state)
 

@@ -27,6 +27,7 @@ from optax_smartclip.engine.norms import (
     group_norms,
     is_inexact,
 )
+from optax_smartclip.engine.scaling import has_reached
 from optax_smartclip.engine.states import register_with_flax, select_groups, state
 from optax_smartclip.engine.trees import PyTree
 from optax_smartclip.histories.history import HistoryState, NormHistory
@@ -195,12 +196,12 @@ def skip_spikes(
         given = jnp.array([True, value is not None])
         seen = jnp.stack([norm, loss])
         finite = given & jnp.isfinite(seen)
-        warm = as_float32(detector.num_observed) >= as_float32(warmup_steps)
+        warm = has_reached(detector.num_observed, warmup_steps)
         thresholds = jnp.where(warm, outlier_threshold(history, detector.history, sigma), jnp.inf)
 
         invalid = jnp.any(given & ~finite)
         spike = jnp.any(finite & (seen > thresholds))
-        may_pass = as_float32(detector.num_in_a_row) >= as_float32(max_consecutive)
+        may_pass = has_reached(detector.num_in_a_row, max_consecutive)
         skip = invalid | (spike & ~may_pass)
 
         # Zeros in place of what is dropped, so that no NaN of the gradient is computed with.

@@ -23,10 +23,9 @@ import optax
 
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.groups import Scope
-from optax_smartclip.engine.metrics import increment_where
 from optax_smartclip.engine.norms import AxisName, Norms, as_float32
 from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
-from optax_smartclip.engine.scaling import ratio
+from optax_smartclip.engine.scaling import has_reached, ratio
 from optax_smartclip.engine.states import select_groups
 from optax_smartclip.histories.moments import (
     MomentsState,
@@ -118,8 +117,8 @@ def zclip_rule(
 ) -> ThresholdRule:
     """Threshold: for an outlier what it is cut to, else where outliers begin."""
 
-    def is_warming_up(state: MomentsState) -> Any:
-        return as_float32(state.num_recorded) < jnp.maximum(as_float32(warmup_steps), 1.0)
+    def is_warm(state: MomentsState) -> Any:
+        return has_reached(state.num_recorded, jnp.maximum(as_float32(warmup_steps), 1.0))
 
     def threshold(state: MomentsState, norms: Norms) -> Norms:
         excess = as_float32(zmax) * state.std
@@ -133,11 +132,10 @@ def zclip_rule(
         else:
             target = state.mean + excess
         limit = jnp.where(outlier, target, state.mean + excess)
-        return jnp.where(is_warming_up(state), jnp.inf, limit)
+        return jnp.where(is_warm(state), limit, jnp.inf)
 
     def record(state: MomentsState, norms: Norms, thresholds: Norms) -> MomentsState:
-        warming_up = is_warming_up(state)
-        num_recorded = increment_where(norms > 0, state.num_recorded)
+        num_recorded = optax.safe_increment(state.num_recorded)
         averaged = update_moments(state.mean, state.std, norms, averaging_weight(num_recorded))
 
         limit = thresholds if record_limit is None else above_mean(state, record_limit)
@@ -146,9 +144,10 @@ def zclip_rule(
         deviation = jnp.minimum(norms, limit) - mean
         std = jnp.hypot(jnp.sqrt(1.0 - weight) * state.std, jnp.sqrt(weight) * deviation)
 
+        warm = is_warm(state)
         moved = MomentsState(
-            mean=jnp.where(warming_up, averaged[0], mean),
-            std=jnp.where(warming_up, averaged[1], std),
+            mean=jnp.where(warm, mean, averaged[0]),
+            std=jnp.where(warm, std, averaged[1]),
             num_recorded=num_recorded,
         )
         return select_groups(norms > 0, moved, state)

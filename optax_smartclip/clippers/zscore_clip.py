@@ -12,7 +12,6 @@ import optax
 
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.groups import Scope
-from optax_smartclip.engine.metrics import increment_where
 from optax_smartclip.engine.norms import AxisName, Norms
 from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
 from optax_smartclip.engine.states import select_groups
@@ -103,7 +102,7 @@ def zscore_rule(zmax: Any, decay: Any) -> ThresholdRule:
 
     def record(state: MomentsState, norms: Norms, thresholds: Norms) -> MomentsState:
         del thresholds
-        num_recorded = increment_where(norms > 0, state.num_recorded)
+        num_recorded = optax.safe_increment(state.num_recorded)
         seed = MomentsState(mean=norms, std=norms, num_recorded=num_recorded)
         weight = jnp.maximum(new_weight(decay), averaging_weight(num_recorded))
         bounded = jnp.minimum(norms, above_mean(state, _RECORD_LIMIT))

@@ -16,7 +16,7 @@ from jax import export
 from jaxtyping import Array, Bool, Float32, Int32
 
 from optax_smartclip.engine.norms import Norms
-from optax_smartclip.engine.scaling import clip_scale
+from optax_smartclip.engine.scaling import signed_scale
 from optax_smartclip.engine.trees import path_name, unwrap_variables
 
 
@@ -102,11 +102,12 @@ def next_metrics(
     norms, thresholds = (x.reshape(previous.grad_norm.shape) for x in (norms, thresholds))
     finite = jnp.isfinite(norms)
     clipped = finite & (norms > thresholds)
+    scale = signed_scale(norms, thresholds)
     dropped = 0.0 if nonfinite == "zero" else 1.0
     return ClipMetrics(
         grad_norm=norms,
         clip_threshold=thresholds,
-        clip_scale=jnp.where(finite, clip_scale(norms, thresholds), dropped),
+        clip_scale=jnp.where(finite, scale, dropped),
         clipped=clipped,
         num_steps=optax.safe_increment(previous.num_steps),
         num_clipped=increment_where(clipped, previous.num_clipped),

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Inexact
+from jaxtyping import Array, Bool, Float32, Inexact, Int32
 
 from optax_smartclip.engine.norms import GroupValues, Partition, as_float32, working_dtype
 
@@ -24,7 +24,7 @@ def clip_arrays(
     nonfinite: str,
 ) -> list[Array]:
     """Each array times the scale of its group, or of each of the groups within it."""
-    scales = jax.tree.map(_signed_scale, norms, limits)
+    scales = jax.tree.map(signed_scale, norms, limits)
     return [
         scale_array(array, scale, nonfinite)
         for array, scale in zip(arrays, partition.spread(scales), strict=True)
@@ -40,31 +40,27 @@ def limit_threshold(
     nothing, and one that returns a negative number clips to zero: neither may turn a gradient
     into NaN or against its direction.
     """
-    warm = as_float32(num_observed) >= as_float32(warmup_steps)
     ceiling = jnp.inf if max_norm is None else as_float32(max_norm)
-    return jnp.maximum(jnp.fmin(jnp.where(warm, threshold, jnp.inf), ceiling), 0.0)
+    learnt = jnp.where(has_reached(num_observed, warmup_steps), threshold, jnp.inf)
+    return jnp.maximum(jnp.fmin(learnt, ceiling), 0.0)
 
 
-def clip_scale(
-    norm: Float32[Array, "*shape"], threshold: Float32[Array, "*shape"]
-) -> Float32[Array, "*shape"]:
-    """`min(1, threshold / norm)`, exactly 1 where `norm <= threshold`, both zero included.
-
-    A scale below the smallest normal number (1e-38) may count as zero.
-    """
-    over = norm > threshold
-    return ratio(jnp.where(over, threshold, 1.0), jnp.where(over, norm, 1.0))
+def has_reached(count: Int32[Array, "*shape"], steps: Any) -> Bool[Array, "*shape"]:
+    """Whether a count is at least `steps`, which may be a float or traced."""
+    return as_float32(count) >= as_float32(steps)
 
 
-def _signed_scale(
+def signed_scale(
     norm: Float32[Array, "*shape"], limit: Float32[Array, "*shape"]
 ) -> Float32[Array, "*shape"]:
-    """The scale, or a negative number where the norm is not finite.
+    """`min(1, limit / norm)`, or a negative number where the norm is not finite.
 
-    The division comes last because XLA repeats what follows it for each element of an array.
+    Exactly 1 where `norm <= limit`, both zero included. A scale below the smallest normal number
+    (1e-38) may count as zero.
     """
     finite = jnp.isfinite(norm)
     over = finite & (norm > limit)
+    # The division comes last because XLA repeats what follows it for each element of an array.
     dividend = jnp.where(finite, jnp.where(over, limit, 1.0), _NOT_FINITE)
     return ratio(dividend, jnp.where(over, norm, 1.0))
 

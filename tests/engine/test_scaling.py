@@ -8,7 +8,7 @@ from compat import enable_x64
 
 from optax_smartclip.engine import scaling
 from optax_smartclip.engine.norms import by_leaf, by_unit
-from optax_smartclip.engine.scaling import clip_scale, limit_threshold
+from optax_smartclip.engine.scaling import limit_threshold, signed_scale
 
 DTYPES = [
     jnp.float16,
@@ -42,14 +42,20 @@ POINTS = [
 
 def test_the_scale_is_the_formula_and_exactly_one_within_the_threshold():
     norms, thresholds, expected, _, _ = np.float32(POINTS).T
-    scales = np.asarray(jax.jit(clip_scale)(norms, thresholds))
+    scales = np.asarray(jax.jit(signed_scale)(norms, thresholds))
     np.testing.assert_allclose(scales, expected, rtol=1e-6)
     assert np.array_equal(scales == 1.0, norms <= thresholds)
 
 
+@pytest.mark.parametrize("limit", [0.0, 1.0, np.inf])
+def test_the_scale_is_negative_where_the_norm_is_not_finite(limit):
+    norms = jnp.array([np.nan, np.inf])
+    assert np.all(jax.jit(signed_scale)(norms, jnp.full(2, limit)) < 0)
+
+
 def test_the_scale_never_lets_rounding_touch_a_norm_at_its_threshold():
     norms = np.random.default_rng(0).lognormal(sigma=5, size=1000).astype(np.float32)
-    scale = jax.jit(clip_scale)
+    scale = jax.jit(signed_scale)
     assert np.all(scale(norms, norms) == 1.0)
     assert np.all(scale(norms, np.nextafter(norms, np.float32(np.inf))) == 1.0)
     assert np.all(scale(norms, np.nextafter(norms, np.float32(0))) <= 1.0)
@@ -57,7 +63,7 @@ def test_the_scale_never_lets_rounding_touch_a_norm_at_its_threshold():
 
 def test_the_slopes_of_the_scale_are_finite_at_every_corner():
     norms, thresholds, _, *expected = np.float32(POINTS).T
-    slopes = jax.jit(jax.vmap(jax.grad(clip_scale, argnums=(0, 1))))(norms, thresholds)
+    slopes = jax.jit(jax.vmap(jax.grad(signed_scale, argnums=(0, 1))))(norms, thresholds)
     np.testing.assert_allclose(slopes, expected, rtol=1e-6, atol=1e-37)
 
 
