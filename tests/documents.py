@@ -1,7 +1,5 @@
 """What the tests of the README and of the pages in docs/ share."""
 
-import ast
-import functools
 import re
 import subprocess
 import sys
@@ -26,20 +24,3 @@ def run_python_blocks(page, script, *checks):
     return subprocess.run(
         [sys.executable, "-W", "error", script], check=True, stdout=subprocess.PIPE, text=True
     ).stdout
-
-
-def check_links(page):
-    """Files that are linked exist, and the tests in them that are named."""
-    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
-        if target.startswith("https://"):
-            continue
-        path, _, test = target.partition("#")
-        file = (page.parent / path).resolve()
-        assert file.exists(), target
-        assert not test or test in functions(file), target
-
-
-@functools.cache
-def functions(file):
-    """The names of all functions of a Python file."""
-    return {node.name for node in ast.parse(file.read_text()).body if hasattr(node, "name")}

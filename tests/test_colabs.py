@@ -19,9 +19,7 @@ NOTEBOOKS = sorted(COLABS.glob("*.ipynb"))
 SHOWS = ("print(", "plotting.plot_", "plt.subplots(", "visualize_array_sharding(")
 
 # Paths, of which each machine has its own, and addresses of objects.
-OF_ONE_MACHINE = re.compile(
-    r"/home/|/root/|/Users/|/work/|/tmp/|/var/folders/|site-packages| at 0x[0-9a-f]{6}"
-)
+OF_ONE_MACHINE = re.compile(r"(?<![\w:/<.*)])/\w[\w.-]*/\w|/tmp/|site-packages| at 0x[0-9a-f]{6}")
 
 
 def load(path):

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import spikes
 import streams
 
 import optax_smartclip as smartclip
+import spikes
 
 
 def clipper(*, limit=2.0, later_limit=None, growth=1.0, per_layer=False):
@@ -62,15 +62,19 @@ def test_each_mark_of_the_new_streams_fails_the_clipper_it_is_meant_for(stream, 
     assert result.worst == list(result.figures)[place]
 
 
-def test_one_layer_alone_spikes_and_the_others_are_as_they_were():
+def given_by(check):
+    """The streams of norms that a check runs a clipper on, and its result."""
     given = []
 
-    def record(norms):
-        given.append(norms)
+    def run(norms):
+        given.append(norms.copy())
         return clipper()(norms)
 
-    streams.check_layer_spikes(record)
-    undisturbed, spiked = given
+    return given, check(run)
+
+
+def test_one_layer_alone_spikes_and_the_others_are_as_they_were():
+    (undisturbed, spiked), _ = given_by(streams.check_layer_spikes)
     assert spiked.shape == (streams.STEPS, streams.LAYERS)
     assert np.median(np.linalg.norm(undisturbed, axis=1)) == pytest.approx(1, abs=0.05)
     steps, layers = np.nonzero(spiked != undisturbed)
@@ -100,14 +104,7 @@ def test_the_worst_of_several_thresholds_counts():
 
 
 def test_the_spikes_at_one_percent_are_one_percent_and_spare_the_start():
-    given = []
-
-    def record(norms):
-        given.append(norms)
-        return clipper()(norms)
-
-    streams.check_frequent_spikes(record)
-    undisturbed, spiked = given
+    (undisturbed, spiked), _ = given_by(streams.check_frequent_spikes)
     steps = np.flatnonzero(spiked != undisturbed)
     assert np.all(spiked[steps] == 1000)
     assert steps.min() >= 200
@@ -118,15 +115,9 @@ def test_the_spikes_at_one_percent_are_one_percent_and_spare_the_start():
 def test_an_early_spike_is_at_its_place_and_has_a_mark_for_itself_and_for_the_threshold(
     stream, place
 ):
-    given = []
-
-    def record(norms):
-        given.append(norms.copy())
-        return clipper()(norms)
-
     check = streams.CHECKS[stream]
-    assert check(record).figures == {"out": 2.0, "threshold at 110": 1.0}
-    undisturbed, spiked = given
+    (undisturbed, spiked), result = given_by(check)
+    assert result.figures == {"out": 2.0, "threshold at 110": 1.0}
     np.testing.assert_array_equal(np.flatnonzero(spiked != undisturbed), [place])
     assert spiked[place] == 1000
     assert check(clipper(limit=5.0, growth=1.5)).passed
