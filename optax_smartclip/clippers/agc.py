@@ -47,6 +47,8 @@ Mask = PyTree | MaskFn
 # Where the output features are.
 LAYOUTS = {"flax": -1, "equinox": 0}
 
+_SMALLEST = float(jnp.finfo(jnp.float32).tiny)
+
 
 def agc(
     clipping: Any = 0.01,
@@ -261,9 +263,8 @@ def furthest_unit(norms: list[Array], limits: list[Array]) -> tuple[Norms, Norms
     # Leaf by leaf, and the leaves only at the end: a maximum over all of them that each is then
     # compared with would be computed anew in the program for each.
     def furthest(norm: Array, limit: Array) -> tuple[Array, Array, Array]:
-        positive = limit > 0
-        over = jnp.where(norm > 0, jnp.inf, 0.0)
-        ratio = jnp.where(positive, norm / jnp.where(positive, limit, 1.0), over)
+        # The product of clipping and eps may be so small that it is lost.
+        ratio = norm / jnp.maximum(limit, _SMALLEST)
         # However far over its threshold a finite norm is, one that is not comes first.
         ratio = jnp.where(jnp.isfinite(norm), jnp.minimum(ratio, LARGEST), jnp.inf)
         largest = jnp.max(ratio, initial=0.0)

@@ -100,6 +100,13 @@ def test_warmup_cuts_the_whole_gradient_and_keeps_the_smallest_norms():
     np.testing.assert_allclose(thresholds[4], [1.04 * 0.2, 1.04 * 0.1, 1.04 * 0.1], rtol=1e-6)
 
 
+def test_the_first_norm_of_warmup_is_one_of_those_of_which_the_smallest_is_kept():
+    _, thresholds = tree_clipper(warmup_steps=2, absolute_clip=None)(
+        np.array([[1.0, 3.0, 1.0], [3.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    )
+    np.testing.assert_allclose(thresholds[2], [1.04, 1.04, 1.04], rtol=1e-6)
+
+
 @pytest.mark.parametrize("dropped", [np.nan, np.inf, 0.0])
 def test_steps_of_nan_inf_or_zero_are_as_if_they_had_not_been(dropped):
     norms = np.nan_to_num(tree_stream(), nan=1.0, posinf=1.0)[:500]

@@ -1,5 +1,7 @@
 """AGC against optax.adaptive_grad_clip, the paper's equation and the smartclip package."""
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from smartclip.core import agc as reference_agc
 
 import optax_smartclip as smartclip
 from optax_smartclip import masks
+from optax_smartclip.clippers import agc
 
 SHAPES = {
     "scalar": (),
@@ -84,11 +87,12 @@ def test_optax_raises_for_six_axes():
         ("equinox", (1, 2, 3)),
         (1, (0, 2, 3)),
         (-2, (0, 1, 3)),
+        (-4, (1, 2, 3)),
         ((0, -1), (1, 2)),
         ((), (0, 1, 2, 3)),
         (lambda path, shape: (len(shape) - 1, 1) if path[-1].key == "w" else (), (0, 2)),
     ],
-    ids=["flax", "equinox", "int", "negative int", "tuple", "whole leaf", "function"],
+    ids=["flax", "equinox", "int", "negative", "first", "tuple", "whole leaf", "function"],
 )
 def test_unit_axes_in_every_form(unit_axes, reduced):
     shapes = {"w": (2, 3, 4, 5)}
@@ -106,6 +110,12 @@ def test_a_vector_is_one_unit_in_every_layout(unit_axes):
     for name in shapes:
         expected = unit_reference(grads[name], params[name], None)
         np.testing.assert_allclose(updates[name], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("shape", "reduced"), [((4,), (0,)), ((), ()), ((4, 1), (0,))])
+def test_of_what_is_split_over_devices_only_rank_one_is_a_vector(shape, reduced):
+    # An axis of size 1 may be longer in the whole.
+    assert agc.reduced_axes((), shape, None, True) == reduced
 
 
 @pytest.mark.parametrize(
@@ -166,6 +176,32 @@ def test_metrics_are_those_of_the_unit_furthest_over_its_threshold():
     assert record["clipped"]
 
 
+FLOAT32 = np.finfo(np.float32)
+UNITS = st.tuples(
+    st.sampled_from([0.0, 1e-30, 0.25, 0.5, 1.0, 2.0, 3e38, np.inf, np.nan]),
+    st.sampled_from([0.0, 1e-30, 0.5, 1.0, 2.0, np.inf]),
+)
+
+
+@hypothesis.given(st.lists(st.lists(UNITS, min_size=1, max_size=4), min_size=1, max_size=3))
+def test_the_furthest_unit_is_the_one_with_the_largest_ratio(leaves):
+    def order(unit):
+        norm, limit = np.float64(unit)
+        if not np.isfinite(norm):
+            return np.inf, 0.0, 0.0
+        ratio = min(norm / max(limit, FLOAT32.tiny), FLOAT32.max)
+        return ratio, norm, -limit
+
+    arrays = [jnp.float32(leaf).T for leaf in leaves]
+    norm, limit = agc.furthest_unit([a[0] for a in arrays], [a[1] for a in arrays])
+    # Of a tie within a leaf, the larger norm; of one between leaves, the first.
+    furthest = max((max(leaf, key=order) for leaf in leaves), key=lambda unit: order(unit)[0])
+    if np.isfinite(furthest[0]):
+        np.testing.assert_array_equal([norm[0], limit[0]], np.float32(furthest))
+    else:
+        assert not np.isfinite(norm[0])
+
+
 def test_units_that_tie_below_their_thresholds_are_not_reported_as_clipped():
     params = {"a": jnp.full(1, 2.0), "b": jnp.full(1, 8.0)}
     grads = {"a": jnp.full(1, 1.0), "b": jnp.full(1, 4.0)}
@@ -217,7 +253,9 @@ def test_everything_masked_is_nothing_clipped():
     params = {"w": jnp.ones((2, 2))}
     updates, state = clip({"w": jnp.full((2, 2), 9.0)}, params, mask={"w": False})
     np.testing.assert_array_equal(updates["w"], np.full((2, 2), 9.0))
-    assert not smartclip.metrics(state)["clipped"]
+    record = smartclip.metrics(state)
+    assert (record["grad_norm"], record["clip_threshold"]) == (0.0, np.inf)
+    assert not record["clipped"]
 
 
 def test_warmup_and_ceiling_hold_for_units():
