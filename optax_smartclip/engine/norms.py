@@ -91,9 +91,10 @@ def _apart(values: Float32[Array, " groups"]) -> tuple[Float32[Array, ""], ...]:
     num = values.shape[0]
 
     # Places that are data, chosen by a zero that the compiler does not know, make one program for
-    # all slices.
+    # all slices: n * (n + 1) is even, whatever the bits of the first value are.
     def pick(values: Array, place: int) -> Array:
-        zero = jnp.isnan(values[0]).astype(jnp.int32)
+        bits = jax.lax.bitcast_convert_type(values[0], jnp.int32)
+        zero = (bits * (bits + 1)) & 1
         return values[jnp.asarray(np.array([place, -1], np.int32))[zero]]
 
     scalars: tuple[Array, ...] = jax.lax.cond(

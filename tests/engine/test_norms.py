@@ -181,7 +181,7 @@ def test_without_both_there_is_no_second_read():
     np.testing.assert_array_equal(norms_by_leaf(arrays, [0, 1, 2], 3, **options), [np.inf, 2, 0])
     partition = by_leaf([0, 1, 2], 3)
     program = jax.make_jaxpr(lambda arrays: group_norms(arrays, partition, **options))(arrays)
-    assert "cond" not in str(program)
+    assert "while" not in str(program)
 
 
 @pytest.mark.parametrize("batch", [jax.vmap, lambda f: lambda rows: jax.lax.map(f, rows)])
@@ -191,6 +191,18 @@ def test_the_derivative_is_zero_at_zero_and_the_direction_elsewhere(batch):
     slopes = jax.jit(batch(jax.grad(norm_of_one)))(rows)
     expected = [[0.0, 0.0], [0.6, 0.8], [0.6, -0.8], [0.6, -0.8]]
     np.testing.assert_allclose(slopes, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("first", [np.nan, np.inf, 0.0, 1.0])
+def test_the_derivative_of_a_norm_is_its_own_whatever_the_others_are(first):
+    arrays = [jnp.float32([first, 0.0]), jnp.float32([3.0, 4.0]), jnp.float32([30.0, -40.0])]
+    partition = by_leaf([0, 1, 2], 3)
+    for group, expected in ((1, [0.6, 0.8]), (2, [0.6, -0.8])):
+        slopes = jax.jit(
+            jax.grad(lambda arrays, group=group: group_norms(arrays, partition)[group])
+        )(arrays)
+        for number, slope in enumerate(slopes):
+            np.testing.assert_allclose(slope, expected if number == group else [0, 0], rtol=1e-6)
 
 
 def test_vmap_rescues_single_members_of_a_batch():
@@ -319,6 +331,12 @@ def test_equal_partitions_are_one_object_by_which_eager_steps_find_their_program
     assert by_leaf([0, 1], 2) is by_leaf((0, 1), 2)
     assert by_leaf([0, 1], 2) is not by_leaf([1, 0], 2)
     assert by_unit([(0,), ()]) is by_unit([(0,), ()])
+
+
+@pytest.mark.parametrize("values", [[1.0, 1.0, 1.0], [1.0, 0.5, 1.0], [np.nan, 0.5, np.inf]])
+def test_each_array_gets_the_value_of_its_group(values):
+    spread = jax.jit(by_leaf([2, 0, 1, 2], 3).spread)(jnp.float32(values))
+    np.testing.assert_array_equal(spread, [values[group] for group in (2, 0, 1, 2)])
 
 
 def test_values_are_taken_apart_by_one_compiled_function():

@@ -154,6 +154,12 @@ def test_a_non_finite_group_becomes_zeros_or_stays_as_it_was(dtype, bad):
     np.testing.assert_array_equal(same.astype(jnp.complex64), values.astype(jnp.complex64))
 
 
+@pytest.mark.parametrize("nonfinite", ["zero", "propagate"])
+def test_a_finite_group_with_a_threshold_of_zero_becomes_zeros(nonfinite):
+    scaled = scale_array(jnp.asarray([3.0, -2.0]), jnp.float32(0.0), nonfinite)
+    np.testing.assert_array_equal(scaled, [0.0, 0.0])
+
+
 def test_a_finite_group_passes_bit_for_bit_at_scale_one():
     bits = np.random.default_rng(0).integers(0, 2**16, 4096).astype(np.uint16)
     values = bits.view(jnp.bfloat16)
