@@ -3,6 +3,7 @@
 import functools
 import inspect
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -498,6 +499,7 @@ def test_a_loss_may_be_given_in_some_steps_only():
     assert skipped == [0, 0, 0, 0, 1, 0, 1, 0]
 
 
+INIT_ALONE = types.SimpleNamespace(init=jnp.zeros_like)
 NUMBERS = {
     "sigma": ("positive and finite", (0, 0.0, -1.0, NAN, INF, None, "6", True)),
     "window": (
@@ -506,7 +508,10 @@ NUMBERS = {
     ),
     "max_consecutive": ("a number of steps, >= 1", (0, -1, 0.5, NAN, INF, 2**31, None, True)),
     "warmup_steps": ("a number of steps, >= 0", (-1, NAN, INF, 2**31, None, False)),
-    "inner": ("a gradient transformation, as optax.adamw(3e-4) is", (None, "adam", 3, ())),
+    "inner": (
+        "a gradient transformation, as optax.adamw(3e-4) is",
+        (None, "adam", 3, (), INIT_ALONE),
+    ),
 }
 
 
