@@ -184,6 +184,9 @@ UNITS = st.tuples(
 
 
 @hypothesis.given(st.lists(st.lists(UNITS, min_size=1, max_size=4), min_size=1, max_size=3))
+@hypothesis.example([[(1.0, 0.5), (2.0, 1.0)]])
+@hypothesis.example([[(0.25, 0.5), (0.25, 1.0)], [(0.25, 1.0)]])
+@hypothesis.example([[(np.nan, 1.0), (2.0, 1.0)], [(3e38, 0.0)]])
 def test_the_furthest_unit_is_the_one_with_the_largest_ratio(leaves):
     def order(unit):
         norm, limit = np.float64(unit)
