@@ -104,7 +104,7 @@ def plot_norms(
     rare = {"not finite": known & ~np.isfinite(norm), "zero": known & (norm == 0)}
     marks |= {name: mask for name, mask in rare.items() if mask.any()}
 
-    ax = plt.subplots(figsize=(8, 3.5), layout="constrained")[1] if ax is None else ax
+    ax = _new_axes() if ax is None else ax
     ax.set(xlabel="step", ylabel="gradient norm", yscale="log")
     for name, values in lines.items():
         y = np.where(np.isfinite(values) & (values > 0), values, np.nan)
@@ -176,7 +176,7 @@ def plot_groups(
     width = x[-1] - x[-2] if len(x) > 1 else 1.0
     edges = np.append(x[starts], x[-1] + width) - width / 2
 
-    ax = plt.subplots(figsize=(8, 3.5), layout="constrained")[1] if ax is None else ax
+    ax = _new_axes() if ax is None else ax
     y, shades = np.arange(num_groups + 1) - 0.5, np.ma.masked_where(nonfinite, least)
     colours = plt.get_cmap("Blues_r").with_extremes(bad="0.75")
     image = ax.pcolormesh(edges, y, shades, cmap=colours, clim=(0.0, 1.0), rasterized=True)
@@ -186,6 +186,13 @@ def plot_groups(
     shown = range(0, num_groups, -(-num_groups // _MAX_LABELS))
     ax.set_yticks(list(shown), [labels[number] for number in shown])
     ax.set(xlabel="step", ylabel="group", ylim=(num_groups - 0.5, -0.5))
+    return ax
+
+
+def _new_axes() -> Axes:
+    """In a figure of 800 by 350 pixels. Steps are whole numbers."""
+    ax = plt.subplots(figsize=(8, 3.5), layout="constrained")[1]
+    ax.locator_params(axis="x", integer=True)
     return ax
 
 

@@ -318,6 +318,8 @@ def test_draws_where_it_is_told_and_changes_no_setting(plain, grouped):
             new = draw(logs)
             assert [new.figure.number] == plt.get_fignums()
             np.testing.assert_array_equal(new.figure.get_size_inches() * 100, [800, 350])
+            new.set_xlim(0.5, 4.5)
+            assert np.all(new.get_xticks() % 1 == 0)
             plt.close(new.figure)
     finally:
         plt.switch_backend(backend)
