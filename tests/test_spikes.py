@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import spikes
 import streams
 
 import optax_smartclip as smartclip
-import spikes
 
 
 def clipper(*, limit=2.0, later_limit=None, growth=1.0, per_layer=False):
