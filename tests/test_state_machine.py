@@ -53,6 +53,7 @@ WARMED_UP = 110
 
 # No search for the shortest failing run: it would take minutes.
 SETTINGS = settings(max_examples=6, stateful_step_count=25, phases=[Phase.generate])
+UNTIL_FOUND = settings(SETTINGS, max_examples=200)
 
 
 def fence(norms):
@@ -600,7 +601,7 @@ def test_a_broken_clipper_is_found_out(defect):
     runs = machine(BROKEN[defect]())
     # JAX itself warns that a state of another shape cannot be donated.
     with pytest.raises((AssertionError, UserWarning)):
-        run_state_machine_as_test(runs, settings=SETTINGS)
+        run_state_machine_as_test(runs, settings=UNTIL_FOUND)
 
 
 def test_a_run_that_is_restored_without_its_history_is_found_out():
@@ -611,4 +612,4 @@ def test_a_run_that_is_restored_without_its_history_is_found_out():
             return restored.replace(rule=fresh.rule)
 
     with pytest.raises(AssertionError):
-        run_state_machine_as_test(Forgetful, settings=SETTINGS)
+        run_state_machine_as_test(Forgetful, settings=UNTIL_FOUND)

@@ -33,6 +33,7 @@ from optax_smartclip.histories.moments import (
     averaging_weight,
     init_moments,
     new_weight,
+    safe_hypot,
     update_moments,
 )
 
@@ -142,7 +143,7 @@ def zclip_rule(
         weight = new_weight(decay)
         mean = state.mean + weight * (jnp.minimum(norms, limit) - state.mean)
         deviation = jnp.minimum(norms, limit) - mean
-        std = jnp.hypot(jnp.sqrt(1.0 - weight) * state.std, jnp.sqrt(weight) * deviation)
+        std = safe_hypot(jnp.sqrt(1.0 - weight) * state.std, jnp.sqrt(weight) * deviation)
 
         warm = is_warm(state)
         moved = MomentsState(

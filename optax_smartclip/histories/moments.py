@@ -52,8 +52,19 @@ def init_moments(num_groups: int) -> MomentsState:
 def update_moments(mean: Norms, std: Norms, value: Norms, weight: Norms) -> tuple[Norms, Norms]:
     """Mean and standard deviation after one more value."""
     delta = value - mean
-    spread = jnp.hypot(std, jnp.sqrt(weight) * delta)
+    spread = safe_hypot(std, jnp.sqrt(weight) * delta)
     return mean + weight * delta, jnp.sqrt(1.0 - weight) * spread
+
+
+def safe_hypot(x: Norms, y: Norms) -> Norms:
+    """`sqrt(x ** 2 + y ** 2)`, in which no square overflows, with a derivative of 0 at 0.
+
+    That of `jnp.hypot` is NaN there from JAX 0.12 on.
+    """
+    x, y = jnp.abs(x), jnp.abs(y)
+    zero = (x == 0) & (y == 0)
+    larger = jnp.where(zero, 1.0, jnp.maximum(x, y))
+    return jnp.where(zero, 0.0, larger * jnp.sqrt(1.0 + jnp.square(jnp.minimum(x, y) / larger)))
 
 
 def above_mean(state: MomentsState, z: Any) -> Norms:
