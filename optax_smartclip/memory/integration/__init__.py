@@ -1,0 +1,1 @@
+"""The names under which other libraries for height-compressed gradients have them."""

@@ -1,0 +1,141 @@
+"""The gradient by a plan in transformations, on meshes, with effects, and in second order."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from optax_smartclip.memory import height_compressed_grad
+
+X = np.linspace(-1.0, 1.0, 24, dtype=np.float32).reshape(6, 4)
+W = np.linspace(-0.5, 0.5, 16, dtype=np.float32).reshape(4, 4)
+
+
+def chain(w, x):
+    for _ in range(4):
+        x = jnp.tanh(x @ w) + x
+    return jnp.mean(x**2)
+
+
+def recurrent(w, x):
+    # What is read of the arguments could be computed long before its turn.
+    h = jnp.zeros((2, 4))
+    for t in range(3):
+        h = jnp.tanh(h @ w + x[2 * t : 2 * t + 2] @ w)
+    return jnp.sum(h)
+
+
+def assert_same(actual, expected):
+    def compare(actual, expected):
+        error = 1e-5 * float(np.max(np.abs(expected), initial=1e-6))
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=error)
+
+    jax.tree.map(compare, actual, expected)
+
+
+def test_composes_with_jit_vmap_and_scan():
+    compressed = height_compressed_grad(recurrent, 3)
+    plain = jax.grad(recurrent)
+    assert_same(jax.jit(compressed)(W, X), plain(W, X))
+    xs = np.stack([X, 2 * X])
+    assert_same(jax.vmap(compressed, (None, 0))(W, xs), jax.vmap(plain, (None, 0))(W, xs))
+
+    def descend(gradient):
+        step = lambda w, _: (w - 0.1 * gradient(w, X), None)  # noqa: E731
+        return jax.lax.scan(step, jnp.array(W), None, length=3)[0]
+
+    assert_same(descend(compressed), descend(plain))
+
+
+def test_second_derivatives_are_those_of_jax():
+    def of(gradient):
+        return lambda w: jnp.sum(jnp.sin(gradient(w, X)))
+
+    compressed, plain = of(height_compressed_grad(recurrent, 3)), of(jax.grad(recurrent))
+    reverse = jax.grad(plain)(W)
+    assert_same(jax.grad(compressed)(W), reverse)
+    assert_same(height_compressed_grad(plain, 6)(W), reverse)
+    assert_same(jax.jvp(compressed, (W,), (W,)), jax.jvp(plain, (W,), (W,)))
+
+
+@pytest.mark.parametrize("program", [chain, recurrent])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_arguments_keep_their_shardings(kind, program):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,))
+    spec = PartitionSpec("data") if program is chain else PartitionSpec()
+    x = jax.device_put(X, NamedSharding(mesh, spec))
+    w = jax.device_put(W, NamedSharding(mesh, PartitionSpec()))
+    compressed = height_compressed_grad(program, 4, argnums=(0, 1))
+    gradient = jax.block_until_ready(jax.jit(compressed)(w, x))
+    assert compressed.last_executor is not None
+    assert_same(jax.device_get(gradient), jax.grad(program, (0, 1))(W, X))
+    assert gradient[1].sharding.is_equivalent_to(x.sharding, 2)
+
+
+def mapped(fn):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    return jax.shard_map(
+        fn, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("data")), out_specs=PartitionSpec()
+    )
+
+
+def test_shard_map_in_the_function_is_planned_around():
+    def loss(w, x):
+        inner = lambda w, x: jax.lax.pmean(jnp.mean(jnp.tanh(x @ w) ** 2), "data")  # noqa: E731
+        return mapped(inner)(w, jnp.sin(x @ w))
+
+    compressed = height_compressed_grad(loss, 1)
+    gradient = jax.block_until_ready(jax.jit(compressed)(W, X))
+    assert_same(gradient, jax.grad(lambda w: jnp.mean(jnp.tanh(jnp.sin(X @ w) @ w) ** 2))(W))
+    assert compressed.last_executor.checkpoint_plan.meta["num_recomputed"] > 1
+
+
+@pytest.mark.parametrize("program", [chain, recurrent])
+def test_shard_map_around_the_gradient(program):
+    compressed = height_compressed_grad(program, 3)
+    mean = mapped(lambda w, x: jax.lax.pmean(compressed(w, x), "data"))
+    gradient = jax.block_until_ready(jax.jit(mean)(W, np.concatenate([X, 2 * X])))
+    halves = [jax.grad(program)(W, x) for x in (X, 2 * X)]
+    # JAX adds up the gradient of what is the same on all devices before the mean is taken.
+    assert_same(gradient, sum(halves))
+    assert compressed.last_executor is not None
+
+
+@pytest.mark.parametrize("block_size", [3, 50])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_effects_happen_once_and_in_order(ordered, block_size):
+    seen = []
+
+    def loss(w):
+        x = X
+        for step in range(3):
+            x = jnp.sin(x @ w)
+            jax.debug.callback(lambda _, step=step: seen.append(step), x[0, 0], ordered=ordered)
+        return jnp.sum(x)
+
+    compressed = height_compressed_grad(loss, block_size)
+    gradient = jax.block_until_ready(jax.jit(compressed)(W))
+    jax.effects_barrier()
+    assert compressed.last_executor is not None
+    assert (seen if ordered else sorted(seen)) == [0, 1, 2]
+    assert_same(gradient, jax.grad(lambda w: jnp.sum(jnp.sin(jnp.sin(jnp.sin(X @ w) @ w) @ w)))(W))
+
+
+def test_an_effect_in_a_scan_happens_once_in_each_round():
+    seen = []
+
+    def loss(w, report=seen.append):
+        def body(x, _):
+            jax.debug.callback(lambda v: report(float(v)), x[0, 0])
+            return jnp.sin(x @ w), None
+
+        x, _ = jax.lax.scan(body, jnp.sin(X @ w), None, length=3)
+        return jnp.sum(jnp.sin(x @ w))
+
+    compressed = height_compressed_grad(loss, 2)
+    gradient = jax.block_until_ready(jax.jit(compressed)(W))
+    jax.effects_barrier()
+    assert len(seen) == 3
+    assert compressed.last_executor is not None
+    assert_same(gradient, jax.grad(lambda w: loss(w, lambda _: None))(W))
