@@ -6,7 +6,7 @@ LOWEST := .venv-lowest
 # Two workers: more cost more in compilation than they gain.
 WORKERS ?= 2
 
-.PHONY: test test-lowest demo spikes lint format wheel bench soak rules mutation docs links colabs clean
+.PHONY: test test-lowest demo spikes lint format wheel bench memory soak rules mutation docs links colabs clean
 
 test: lint
 	$(BIN)/pytest -n $(WORKERS) --cov --cov-report=term
@@ -42,6 +42,10 @@ wheel:
 
 bench: $(VENV)/test
 	$(BIN)/python benchmarks/bench.py
+
+# Temporary memory and time of gradients that are computed block by block.
+memory: $(VENV)/test
+	$(BIN)/python benchmarks/memory.py
 
 # Why autoclip() follows the rule that it does.
 rules: $(VENV)/test

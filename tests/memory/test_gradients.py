@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import W, X, assert_same, chain
 
 from optax_smartclip.memory import (
     NoPlanWarning,
@@ -14,15 +15,6 @@ from optax_smartclip.memory import (
     height_compressed_grad,
     height_compressed_value_and_grad,
 )
-
-X = np.linspace(-1.0, 1.0, 24, dtype=np.float32).reshape(6, 4)
-W = np.linspace(-0.5, 0.5, 16, dtype=np.float32).reshape(4, 4)
-
-
-def chain(w, x):
-    for _ in range(6):
-        x = jnp.tanh(x @ w) + x
-    return jnp.mean(x**2)
 
 
 def scanned(w, x):
@@ -98,15 +90,6 @@ PROGRAMS = [
     convolved,
 ]  # fmt: skip
 PLANNED = [chain, noisy, unused, convolved]
-
-
-def assert_same(actual, expected):
-    def compare(actual, expected):
-        # Sums in another order: an error of the largest element, not of each.
-        error = 1e-5 * float(np.max(np.abs(expected), initial=1e-6))
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=error)
-
-    jax.tree.map(compare, actual, expected)
 
 
 @pytest.mark.parametrize(

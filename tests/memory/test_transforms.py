@@ -5,17 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from programs import W, X, assert_same, chain
 
 from optax_smartclip.memory import height_compressed_grad
-
-X = np.linspace(-1.0, 1.0, 24, dtype=np.float32).reshape(6, 4)
-W = np.linspace(-0.5, 0.5, 16, dtype=np.float32).reshape(4, 4)
-
-
-def chain(w, x):
-    for _ in range(4):
-        x = jnp.tanh(x @ w) + x
-    return jnp.mean(x**2)
 
 
 def recurrent(w, x):
@@ -24,14 +16,6 @@ def recurrent(w, x):
     for t in range(3):
         h = jnp.tanh(h @ w + x[2 * t : 2 * t + 2] @ w)
     return jnp.sum(h)
-
-
-def assert_same(actual, expected):
-    def compare(actual, expected):
-        error = 1e-5 * float(np.max(np.abs(expected), initial=1e-6))
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=error)
-
-    jax.tree.map(compare, actual, expected)
 
 
 def test_composes_with_jit_vmap_and_scan():
