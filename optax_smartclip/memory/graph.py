@@ -80,7 +80,7 @@ def capture_graph_jaxpr(fn: Callable[..., Any], example_inputs: Sequence[Any]) -
 
     Args:
         fn: A function that JAX can trace.
-        example_inputs: Its positional arguments: trees of arrays or `jax.ShapeDtypeStruct`s.
+        example_inputs: Its positional arguments: trees of arrays or of `jax.ShapeDtypeStruct`.
 
     Returns:
         The graph.
