@@ -210,21 +210,24 @@ def test_random_programs_have_valid_plans_and_the_gradient_of_jax(steps, block_s
         bound = 1e-5 * max(1.0, float(np.abs(expected).max()))
         np.testing.assert_allclose(actual, expected, rtol=0, atol=bound)
     executor = compressed.last_executor
-    graph, blocks = executor.graph, executor.checkpoint_plan.blocks
-    assert [blocks[0].start, blocks[-1].stop] == [0, len(graph.nodes)]
-    saved = {*graph.inputs, *graph.consts}
-    for block, after in itertools.zip_longest(blocks, blocks[1:]):
-        known = set(saved)
+    check_plan(executor.graph, executor.checkpoint_plan)
+
+
+def check_plan(graph, plan):
+    """From arguments, constants and what blocks pass on, each block can be computed again."""
+    blocks = plan.blocks
+    assert [block.start for block in blocks] == [0, *(block.stop for block in blocks[:-1])]
+    assert blocks[-1].stop == len(graph.nodes)
+    given = set(range(len(graph.avals))) - {v for node in graph.nodes for v in node.outputs}
+    saved = set()
+    for block in blocks:
+        known, later = given | saved, set(graph.outputs)
         for node in graph.nodes[block.start : block.stop]:
-            assert known.issuperset(v for v in node.inputs if v not in executor_consts(graph))
+            assert known.issuperset(node.inputs)
             known.update(node.outputs)
-        saved = known
-        assert after is None or after.start == block.stop
-
-
-def executor_consts(graph):
-    inner = {v for node in graph.nodes for v in node.outputs}
-    return set(range(len(graph.avals))) - inner - set(graph.inputs)
+        later.update(v for node in graph.nodes[block.stop :] for v in node.inputs)
+        saved |= (known - given) & later
+    assert plan.meta["saved_bytes"] == sum(graph.size(v) for v in saved)
 
 
 @hypothesis.settings(max_examples=5)
