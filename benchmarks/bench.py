@@ -39,8 +39,6 @@ what users of PyTorch's `clip_grad_norm_` write: norm in one program, `float()`,
 import argparse
 import json
 import math
-import os
-import platform
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -53,6 +51,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import smartclip as smartclip_011
+from machine import describe_machine
 from smartclip.backends.jax import apply_grads as apply_grads_011
 
 import optax_smartclip as smartclip
@@ -708,19 +707,6 @@ def format_targets(targets: list[Target]) -> str:
     return "\n".join(lines)
 
 
-def describe_machine() -> str:
-    """Versions, machine, backend, device."""
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        cpu = found[1] if found else cpu
-    return (
-        f"Python {platform.python_version()}, jax {jax.__version__}, optax {optax.__version__}, "
-        f"{platform.machine()}, {cpu}, {os.cpu_count()} cores, {jax.default_backend()}, "
-        f"{jax.devices()[0].device_kind}"
-    )
-
-
 def select_cells(
     models: list[str] | None, clippers: list[str] | None, quick: bool
 ) -> dict[tuple[str, str], tuple[str, ...]]:
@@ -752,7 +738,7 @@ def main() -> None:
         parser.error("no model and clipper has such a name")
     jax.config.update("jax_enable_compilation_cache", False)
     begin = time.perf_counter()
-    print(describe_machine(), flush=True)
+    print(describe_machine(jax, optax), flush=True)
     bandwidth = copy_bandwidth()
     print(f"It copies {bandwidth / 1e9:.1f} GB/s, reads and writes together.", flush=True)
     # What is imported or set up in the first compilation is nobody's cost.
@@ -768,7 +754,7 @@ def main() -> None:
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     figures = {
-        "machine": describe_machine(),
+        "machine": describe_machine(jax, optax),
         "copy_bandwidth": bandwidth,
         "rows": [row._asdict() for row in rows],
         "targets": [{**target._asdict(), "met": target.met} for target in targets],

@@ -16,15 +16,13 @@ Prints a table for each model, then the targets with what was measured; writes a
 
 import argparse
 import json
-import os
-import platform
-import re
 import statistics
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from machine import describe_machine
 
 from optax_smartclip.memory import height_compressed_grad
 
@@ -157,18 +155,6 @@ def measure(model, repeats):
     return rows
 
 
-def describe_machine():
-    """Versions, machine, backend, device."""
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        cpu = found[1] if found else cpu
-    return (
-        f"Python {platform.python_version()}, jax {jax.__version__}, {platform.machine()}, {cpu}, "
-        f"{os.cpu_count()} cores, {jax.default_backend()}, {jax.devices()[0].device_kind}"
-    )
-
-
 def format_row(model, kind, row):
     """A line of the table."""
     predicted = f"{row['predicted']:.1f}" if "predicted" in row else ""
@@ -204,7 +190,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("memory"), help="folder for the file")
     args = parser.parse_args()
     figures = {}
-    print(describe_machine(), flush=True)
+    print(describe_machine(jax), flush=True)
     print("model        kind          temp predicted       ms  ratio   compile   error")
     for model in args.models:
         figures[model] = measure(model, args.repeats)
@@ -212,7 +198,7 @@ def main():
             print(format_row(model, kind, row), flush=True)
     print("", "Targets", *check_targets(figures), sep="\n")
     args.out.mkdir(parents=True, exist_ok=True)
-    record = {"machine": describe_machine(), "models": figures}
+    record = {"machine": describe_machine(jax), "models": figures}
     (args.out / "memory.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

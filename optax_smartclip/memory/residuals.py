@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 import jax
+from jax.extend import core
 
 from optax_smartclip.memory.equations import aval_bytes, is_inexact
 from optax_smartclip.memory.graph import Graph, Node
@@ -77,8 +78,8 @@ def find_residuals(graph: Graph, active: frozenset[int]) -> list[Residuals]:
 def _identity(node: Node) -> Any:
     eqn = node.jaxpr.eqns[0]
     places = tuple(
-        node.jaxpr.invars.index(atom) if atom in node.jaxpr.invars else None
-        for atom in (a if not hasattr(a, "val") else None for a in eqn.invars)
+        None if isinstance(atom, core.Literal) else node.jaxpr.invars.index(atom)
+        for atom in eqn.invars
     )
     params = tuple((name, _hashable(value)) for name, value in sorted(eqn.params.items()))
     return eqn.primitive, places, params
@@ -109,7 +110,7 @@ def _trace(graph: Graph, node: Node, moved: tuple[bool, ...]) -> tuple[list[int]
     outputs = list(jaxpr.outvars[: len(node.outputs)])
     reads, writes, extra = set(), set(), {}
     for atom in jaxpr.outvars[len(node.outputs) :]:
-        if hasattr(atom, "val"):
+        if isinstance(atom, core.Literal):
             continue
         if atom in jaxpr.invars:
             reads.add(jaxpr.invars.index(atom))

@@ -41,6 +41,11 @@ def compiled_temp(gradient, *args):
     return jax.jit(gradient).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
+def assert_predicted(compressed, temp):
+    predicted = compressed.last_executor.checkpoint_plan.meta["predicted_peak"]
+    assert predicted / FACTOR < temp < FACTOR * predicted
+
+
 def test_chain_needs_the_root_of_its_length():
     _, plan = plan_of(deep, (W, X))
     # With blocks of k, k - 1, ..., 1 layers of 24: about sqrt(2 * 24) states and a few more.
@@ -95,9 +100,8 @@ def test_a_budget_that_cannot_be_met_is_said_to_be_exceeded():
 def test_compiled_gradient_needs_less_than_half_and_about_what_was_predicted():
     compressed = height_compressed_grad(deep)
     temp = compiled_temp(compressed, W, X)
-    predicted = compressed.last_executor.checkpoint_plan.meta["predicted_peak"]
     assert temp < compiled_temp(jax.grad(deep), W, X) / 2
-    assert predicted / FACTOR < temp < FACTOR * predicted
+    assert_predicted(compressed, temp)
 
 
 def test_a_batch_and_constant_cotangents_still_save_memory():
@@ -121,9 +125,8 @@ def test_convolutions_save_memory_as_predicted():
     w, x = np.ones((4, 4, 3, 3), np.float32) / 36, np.ones((2, 4, 16, 16), np.float32)
     compressed = height_compressed_grad(convolved)
     temp = compiled_temp(compressed, w, x)
-    predicted = compressed.last_executor.checkpoint_plan.meta["predicted_peak"]
     assert temp < compiled_temp(jax.grad(convolved), w, x) / 2
-    assert predicted / FACTOR < temp < FACTOR * predicted
+    assert_predicted(compressed, temp)
 
 
 def test_sums_of_the_gradients_of_a_shared_weight_are_counted():
@@ -131,8 +134,7 @@ def test_sums_of_the_gradients_of_a_shared_weight_are_counted():
     w, x = np.eye(64, dtype=np.float32), np.ones((8, 64), np.float32)
     compressed = height_compressed_grad(deep)
     temp = compiled_temp(compressed, w, x)
-    predicted = compressed.last_executor.checkpoint_plan.meta["predicted_peak"]
-    assert predicted / FACTOR < temp < FACTOR * predicted
+    assert_predicted(compressed, temp)
 
 
 def test_what_does_not_wait_for_the_block_before_is_not_computed_early():
@@ -146,10 +148,9 @@ def test_what_does_not_wait_for_the_block_before_is_not_computed_early():
     w, xs = np.eye(32, dtype=np.float32), np.ones((40, 64, 32), np.float32)
     compressed = height_compressed_grad(recurrent)
     temp = compiled_temp(compressed, w, xs)
-    predicted = compressed.last_executor.checkpoint_plan.meta["predicted_peak"]
     # All products with the inputs at once would be half of them.
     assert temp < xs.nbytes / 2
-    assert predicted / FACTOR < temp < FACTOR * predicted
+    assert_predicted(compressed, temp)
 
 
 def test_second_derivatives_save_memory_with_the_plan_on_the_outside():
@@ -183,6 +184,12 @@ SMOOTH = [
 ]
 
 
+def steps_of(operations, furthest, **sizes):
+    """Which operation each step is, and how far away the two values are that it reads."""
+    places = st.integers(0, furthest)
+    return st.lists(st.tuples(st.integers(0, len(operations) - 1), places, places), **sizes)
+
+
 def random_program(steps):
     def program(w, x):
         values = [x, x @ w]
@@ -196,11 +203,7 @@ def random_program(steps):
 
 @hypothesis.settings(max_examples=6)
 @hypothesis.given(
-    steps=st.lists(
-        st.tuples(st.integers(0, len(OPERATIONS) - 1), st.integers(0, 20), st.integers(0, 20)),
-        min_size=1,
-        max_size=8,
-    ),
+    steps=steps_of(OPERATIONS, 20, min_size=1, max_size=8),
     block_size=st.one_of(st.none(), st.integers(1, 6)),
 )
 def test_random_programs_have_valid_plans_and_the_gradient_of_jax(steps, block_size):
@@ -234,11 +237,7 @@ def check_plan(graph, plan):
 
 @hypothesis.settings(max_examples=5)
 @hypothesis.given(
-    steps=st.lists(
-        st.tuples(st.integers(0, len(SMOOTH) - 1), st.integers(0, 2), st.integers(0, 2)),
-        min_size=6,
-        max_size=14,
-    ),
+    steps=steps_of(SMOOTH, 2, min_size=6, max_size=14),
     block_size=st.one_of(st.none(), st.integers(4, 12)),
 )
 def test_random_programs_need_about_the_memory_that_was_predicted(steps, block_size):
@@ -250,5 +249,4 @@ def test_random_programs_need_about_the_memory_that_was_predicted(steps, block_s
 
     compressed = height_compressed_grad(program, block_size)
     temp = compiled_temp(compressed, W, X)
-    predicted = compressed.last_executor.checkpoint_plan.meta["predicted_peak"]
-    assert predicted / FACTOR < temp < FACTOR * predicted
+    assert_predicted(compressed, temp)
