@@ -6,13 +6,14 @@ Brock, De, Smith, Simonyan, `High-Performance Large-Scale Image Recognition With
 <https://arxiv.org/abs/2102.06171>`_, 2021, equation 3.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float32
 
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.groups import (
@@ -25,17 +26,16 @@ from optax_smartclip.engine.groups import (
 )
 from optax_smartclip.engine.metrics import increment_where, next_metrics
 from optax_smartclip.engine.norms import (
-    LARGEST,
     AxisName,
     Norms,
     as_float32,
-    by_leaf,
-    by_unit,
     group_norms,
     is_inexact,
+    norms_in_range,
 )
+from optax_smartclip.engine.partitions import Leaves, Partition, Units
 from optax_smartclip.engine.rule import check_num_groups, clippable_leaves
-from optax_smartclip.engine.scaling import clip_arrays, limit_threshold
+from optax_smartclip.engine.scaling import limit_threshold, scale_arrays, signed_scale
 from optax_smartclip.engine.states import ClipState, init_state, register_with_flax
 from optax_smartclip.engine.trees import KeyPath, PyTree, flatten, path_name, replace_leaves
 from optax_smartclip.masks import MaskFn, is_vector
@@ -47,6 +47,7 @@ Mask = PyTree | MaskFn
 # Where the output features are.
 LAYOUTS = {"flax": -1, "equinox": 0}
 
+# A scale of 0 is reported as this.
 _SMALLEST = float(jnp.finfo(jnp.float32).tiny)
 
 
@@ -89,17 +90,19 @@ def agc(
             of the parameters, a prefix of it, or a function of the parameters that returns one.
             Where it is False, a leaf is left alone. See `optax_smartclip.masks`.
         warmup_steps: How many finite norms are observed before clipping starts.
-        max_norm: A ceiling on the norm of every unit (or group) that always holds (norms under
-            about 5e-10 count as within it).
+        max_norm: A ceiling on the norm of every unit (or group) that always holds (norms of units
+            under about 5e-10 count as within it).
         nonfinite: `"zero"` or `"propagate"`, for units (or groups) with a NaN or Inf norm; see
-            `clip_by_rule`.
+            `clip_by_rule`. The norm of a unit over 1e19, whose square overflows, counts as Inf.
         axis_name: Mapped axes over which the leaves are split; see `clip_by_rule`. With scope
             "unit", only for leaves that are split within their units; where the units themselves
             are distributed, each device has what it needs.
 
     Returns:
-        A gradient transformation. With scope "unit", its metrics are those of the unit that is
-        furthest over its threshold (or nearest to it).
+        A gradient transformation. With scope "unit", its metrics say how hard and how widely it
+        clipped: `clip_scale` is the smallest scale of any unit, `clipped` is the share of units
+        that were clipped (float32), and norms are in units of their thresholds: `grad_norm` is
+        the largest, or 1 if none is over, and `clip_threshold` is 1.
 
     Raises:
         ValueError: If an argument is out of range; from `update`, if `params` is missing.
@@ -114,8 +117,9 @@ def agc(
         >>> print(updates)  # thresholds 0.5 and 0.1, norms 0.42
         [[0.3        0.07071068]
          [0.3        0.07071068]]
-        >>> print(smartclip.metrics(state)["clip_threshold"])
-        0.1
+        >>> record = smartclip.metrics(state)
+        >>> print(f"{record['grad_norm']:.3f} {record['clipped']}")  # 0.42 / 0.1, one unit of two
+        4.243 0.5
     """
     checks.check_positive("clipping", clipping)
     checks.check_positive("eps", eps)
@@ -131,7 +135,11 @@ def agc(
     def init_fn(params: PyTree) -> ClipState:
         register_with_flax()
         covered_paths(mask, params)  # a wrong mask is found before the first step
-        return init_state(optax.EmptyState(), len(groups_of(params).labels))
+        state = init_state(optax.EmptyState(), len(groups_of(params).labels))
+        if not by_units:
+            return state
+        share = jnp.zeros((), jnp.float32)
+        return dataclasses.replace(state, last=state.last._replace(clipped=share))
 
     def update_fn(
         updates: PyTree, state: ClipState, params: PyTree | None = None, **extra_args: Any
@@ -149,22 +157,17 @@ def agc(
             if path in covered and is_inexact(weights[path])
         }
         arrays = list(leaves.values())
-        partition = (
-            by_unit(
-                [reduced_axes(path, leaf.shape, unit_axes, split) for path, leaf in leaves.items()]
-            )
-            if by_units
-            else by_leaf([groups.number[path] for path in leaves], len(groups.labels))
+        if by_units:
+            axes = (reduced_axes(path, x.shape, unit_axes, split) for path, x in leaves.items())
+            partition: Partition = Units(tuple(axes))
+        else:
+            numbers = tuple(groups.number[path] for path in leaves)
+            partition = Leaves(numbers, len(groups.labels))
+        weight_norms = norms_in_range(
+            [jnp.asarray(weights[path]) for path in leaves], partition, axis_name=axis_name
         )
-        # A norm too small for one read is below every threshold, clipping * eps at least, and one
-        # too large is no weight's.
-        norms = group_norms(arrays, partition, axis_name=axis_name, exact_below=False)
-        weight_norms = group_norms(
-            [jnp.asarray(weights[path]) for path in leaves],
-            partition,
-            axis_name=axis_name,
-            exact_below=False,
-            exact_above=False,
+        norms = (norms_in_range if by_units else group_norms)(
+            arrays, partition, axis_name=axis_name
         )
         observed = state.num_observed[0] if by_units else state.num_observed
 
@@ -173,13 +176,20 @@ def agc(
             return limit_threshold(threshold, observed, warmup_steps, max_norm)
 
         limits = jax.tree.map(limit, weight_norms)
-        clipped = clip_arrays(arrays, partition, norms, limits, nonfinite)
+        scales = jax.tree.map(signed_scale, norms, limits)
+        clipped = scale_arrays(arrays, partition, scales, nonfinite)
         if by_units:
-            norms, limits = furthest_unit(norms, limits)
+            smallest, share = summarize_units(scales)
+            # In units of the threshold.
+            norms = jnp.where(smallest < 0, jnp.inf, 1 / jnp.maximum(smallest, _SMALLEST))
+            last = next_metrics(state.last, norms, jnp.ones_like(norms), smallest, nonfinite)
+            last = last._replace(clipped=share)
+        else:
+            last = next_metrics(state.last, norms, limits, scales, nonfinite)
         next_state = ClipState(
             rule=state.rule,
             num_observed=increment_where(jnp.isfinite(norms), state.num_observed),
-            last=next_metrics(state.last, norms, limits, nonfinite),
+            last=last,
         )
         return replace_leaves(updates, dict(zip(leaves, clipped, strict=True))), next_state
 
@@ -207,8 +217,8 @@ def check_unit_axes(unit_axes: UnitAxes, scope: Scope) -> None:
 
 def reduced_axes(
     path: KeyPath, shape: tuple[int, ...], unit_axes: UnitAxes, split: bool
-) -> tuple[int, ...]:
-    """The axes of a leaf over which a unit's norm is taken.
+) -> tuple[int, ...] | None:
+    """The axes of a leaf over which a unit's norm is taken; None if it is one unit.
 
     If the leaf is `split` over devices, what is an axis of size 1 here may be longer in the
     whole, and only a leaf of rank 1 counts as a vector.
@@ -235,7 +245,7 @@ def reduced_axes(
             f"got {kept}."
         )
     units = {axis % rank for axis in kept}
-    return tuple(axis for axis in range(rank) if axis not in units)
+    return tuple(axis for axis in range(rank) if axis not in units) if units else None
 
 
 def covered_paths(mask: Mask | None, params: PyTree) -> set[KeyPath]:
@@ -251,28 +261,16 @@ def covered_paths(mask: Mask | None, params: PyTree) -> set[KeyPath]:
     return {path for path, flag in broadcast_prefix("mask", flags, paths).items() if flag}
 
 
-def furthest_unit(norms: list[Array], limits: list[Array]) -> tuple[Norms, Norms]:
-    """Norm and threshold of the unit with the largest ratio of the two, as one group.
+def summarize_units(scales: list[Array]) -> tuple[Norms, Float32[Array, ""]]:
+    """The smallest signed scale of all units, and the share of them with a scale below 1.
 
-    A unit whose norm is NaN or Inf is furthest of all. Within a leaf it is found by comparing, not
-    with `argmax`, which would have to flatten arrays that may be sharded along several axes.
+    It is negative if a norm is NaN or Inf; such a unit does not count as clipped.
     """
-    if not norms:
-        return jnp.zeros(1, jnp.float32), jnp.full(1, jnp.inf, jnp.float32)
-
-    # Leaf by leaf, and the leaves only at the end: a maximum over all of them that each is then
-    # compared with would be computed anew in the program for each.
-    def furthest(norm: Array, limit: Array) -> tuple[Array, Array, Array]:
-        # The product of clipping and eps may be so small that it is lost.
-        ratio = norm / jnp.maximum(limit, _SMALLEST)
-        # However far over its threshold a finite norm is, one that is not comes first.
-        ratio = jnp.where(jnp.isfinite(norm), jnp.minimum(ratio, LARGEST), jnp.inf)
-        largest = jnp.max(ratio, initial=0.0)
-        its_norm = jnp.max(jnp.where(ratio == largest, norm, 0.0), initial=0.0)
-        its_own = (ratio == largest) & (norm == its_norm)
-        return largest, its_norm, jnp.min(jnp.where(its_own, limit, jnp.inf), initial=jnp.inf)
-
-    each = [furthest(norm, limit) for norm, limit in zip(norms, limits, strict=True)]
-    ratio, norm, limit = (jnp.stack(values) for values in zip(*each, strict=True))
-    leaf = jnp.argmax(ratio, keepdims=True)
-    return norm[leaf], limit[leaf]
+    if not scales:
+        return jnp.ones(1, jnp.float32), jnp.zeros((), jnp.float32)
+    # Two reductions of each leaf's units, which may be sharded along several axes, and one of the
+    # scalars that come out. A single one over all units would have to gather them.
+    smallest = jnp.stack([jnp.min(scale, initial=1.0) for scale in scales])
+    clipped = jnp.stack([jnp.sum(as_float32((scale >= 0) & (scale < 1))) for scale in scales])
+    num_units = sum(scale.size for scale in scales)
+    return jnp.min(smallest)[None], jnp.sum(clipped) / max(num_units, 1)

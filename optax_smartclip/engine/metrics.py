@@ -16,7 +16,6 @@ from jax import export
 from jaxtyping import Array, Bool, Float32, Int32
 
 from optax_smartclip.engine.norms import Norms
-from optax_smartclip.engine.scaling import signed_scale
 from optax_smartclip.engine.trees import path_name, unwrap_variables
 
 
@@ -28,10 +27,11 @@ class ClipMetrics(NamedTuple):
     Every field has the shape `[groups]`, or `[]` if there is one group.
 
     Attributes:
-        grad_norm: float32, the norm before clipping; NaN or Inf if that is what it was.
+        grad_norm: float32, the norm before clipping; may be NaN or Inf.
         clip_threshold: float32, the largest norm allowed; Inf while nothing is (in warm-up).
         clip_scale: float32, what the gradient was multiplied by, in [0, 1].
-        clipped: bool, whether the norm was over the threshold.
+        clipped: bool, whether the norm was over the threshold. For the units of `agc`, float32:
+            the share of them that were.
         num_steps: int32, the updates so far. Counts stop at 2 ** 31 - 1.
         num_clipped: int32, those that were clipped.
         num_nonfinite: int32, those with a NaN or Inf norm.
@@ -40,7 +40,7 @@ class ClipMetrics(NamedTuple):
     grad_norm: Float32[Array, " *groups"]
     clip_threshold: Float32[Array, " *groups"]
     clip_scale: Float32[Array, " *groups"]
-    clipped: Bool[Array, " *groups"]
+    clipped: Bool[Array, " *groups"] | Float32[Array, ""]
     num_steps: Int32[Array, " *groups"]
     num_clipped: Int32[Array, " *groups"]
     num_nonfinite: Int32[Array, " *groups"]
@@ -96,18 +96,18 @@ def init_metrics(num_groups: int) -> ClipMetrics:
 
 
 def next_metrics(
-    previous: ClipMetrics, norms: Norms, thresholds: Norms, nonfinite: str
+    previous: ClipMetrics, norms: Norms, thresholds: Norms, scales: Norms, nonfinite: str
 ) -> ClipMetrics:
-    """The metrics of a step with these norms and thresholds."""
-    norms, thresholds = (x.reshape(previous.grad_norm.shape) for x in (norms, thresholds))
+    """The metrics of a step with these norms, thresholds and signed scales."""
+    shape = previous.grad_norm.shape
+    norms, thresholds, scales = (x.reshape(shape) for x in (norms, thresholds, scales))
     finite = jnp.isfinite(norms)
     clipped = finite & (norms > thresholds)
-    scale = signed_scale(norms, thresholds)
     dropped = 0.0 if nonfinite == "zero" else 1.0
     return ClipMetrics(
         grad_norm=norms,
         clip_threshold=thresholds,
-        clip_scale=jnp.where(finite, scale, dropped),
+        clip_scale=jnp.where(finite, scales, dropped),
         clipped=clipped,
         num_steps=optax.safe_increment(previous.num_steps),
         num_clipped=increment_where(clipped, previous.num_clipped),

@@ -1,136 +1,42 @@
 """Euclidean norms of groups of elements, right for every finite gradient.
 
 The sum of squares is taken in float32 (float64 where a leaf is float64) whatever the dtype of the
-leaves, in one read. Only when a sum overflows, or is so small that squares may have been flushed
-to zero, is the gradient read once more, scaled by a power of two that brings its squares back
-into range:
+leaves, in one reading. Where it overflows, or is so small that squares may have been flushed to
+zero, the norm comes from a sum that is scaled by a power of two, which rounds nothing:
 
-    norm = sqrt(sum((f * x) ** 2)) / f        with f = 2 ** -70, or 2 ** 70, in float32
+    norm = sqrt(sum((f * x) ** 2)) / f        with f = 2 ** 70, or 2 ** -70, in float32
 
-A power of two rounds nothing, so the second reading is as exact as the first would have been.
+A GPU or TPU adds up all three sums while it reads the gradient once: that is arithmetic, which it
+has to spare, and a loop or conditional might make it wait for the host. On a CPU three sums take
+two to four times as long as one, and a loop costs nothing: there the scaled sums are a second
+reading, in the rare step that needs them. The choice is made when a program is lowered.
 """
 
+import contextlib
+import contextvars
+import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Inexact
+
+from optax_smartclip.engine.partitions import GroupValues, Leaves, Partition
 
 AxisName = str | Sequence[str] | None
 Norms = Float32[Array, " groups"]
 Mask = Bool[Array, " groups"]
 
-# What a history says where it knows nothing, so that nothing is clipped. Not Inf, of which sums and
-# differences are NaN.
+# Sentinel for an empty history: finite, because Inf - Inf is NaN.
 LARGEST = float(jnp.finfo(jnp.float32).max)
-
-# A value for each group: [groups] if leaves make up groups, else an array for each leaf.
-GroupValues = Any
-
-
-class Partition(NamedTuple):
-    """How the elements of a list of arrays fall into groups.
-
-    Attributes:
-        total: Sums the elements of each group: arrays -> group values.
-        spread: The way back: group values -> for each array, one that broadcasts against it.
-    """
-
-    total: Callable[[list[Array]], GroupValues]
-    spread: Callable[[GroupValues], list[Array]]
-
-
-def by_leaf(index: Sequence[int], num_groups: int) -> Partition:
-    """Groups made of whole arrays: array `i` belongs to group `index[i]`."""
-    return _by_leaf(tuple(index), num_groups)
-
-
-# One object for each partition, by which eager steps find the program that they have compiled.
-@functools.lru_cache(maxsize=64)
-def _by_leaf(index: tuple[int, ...], num_groups: int) -> Partition:
-    members: list[list[int]] = [[] for _ in range(num_groups)]
-    for position, group in enumerate(index):
-        members[group].append(position)
-
-    def total(arrays: list[Array]) -> Float[Array, " groups"]:
-        sums = [jnp.sum(array) for array in arrays]
-        zero = jnp.zeros((), sums[0].dtype if sums else jnp.float32)
-
-        # By pairs: this fixes the order of the additions, also on a GPU, so that a resumed run
-        # repeats every bit. Of thousands that are stacked, XLA would make one slow-to-compile loop.
-        def add(group: list[int]) -> Float[Array, ""]:
-            terms = [sums[position] for position in group] or [zero]
-            while len(terms) > 1:
-                pairs = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)]
-                terms = pairs + terms[len(terms) // 2 * 2 :]
-            return terms[0]
-
-        return jnp.stack([add(group) for group in members]) if members else zero[None][:0]
-
-    def spread(values: Float32[Array, " groups"]) -> list[Array]:
-        scalars = _apart(values)
-        return [scalars[group] for group in index]
-
-    return Partition(total, spread)
-
-
-@jax.jit
-def _apart(values: Float32[Array, " groups"]) -> tuple[Float32[Array, ""], ...]:
-    """The values, each as an array of its own.
-
-    Of a slice, XLA's CPU compiler makes a part of every loop that it is used in, with the whole
-    way to the values: no two leaves of one shape share a program then, and thousands of leaves
-    take minutes to compile. It does not look behind a branch, so the slices are behind one; where
-    nothing is clipped, all are the same.
-    """
-    num = values.shape[0]
-
-    # Places that are data, chosen by a zero that the compiler does not know, make one program for
-    # all slices: n * (n + 1) is even, whatever the bits of the first value are.
-    def pick(values: Array, place: int) -> Array:
-        bits = jax.lax.bitcast_convert_type(values[0], jnp.int32)
-        zero = (bits * (bits + 1)) & 1
-        return values[jnp.asarray(np.array([place, -1], np.int32))[zero]]
-
-    scalars: tuple[Array, ...] = jax.lax.cond(
-        jnp.any(values != 1.0),
-        lambda values: tuple(pick(values, place) for place in range(num)),
-        lambda values: tuple(values[0] for _ in range(num)),
-        values,
-    )
-    return scalars
-
-
-def by_unit(axes: Sequence[tuple[int, ...]]) -> Partition:
-    """Groups within arrays: array `i` is summed over `axes[i]`, and what remains are its units."""
-    return _by_unit(tuple(axes))
-
-
-@functools.lru_cache(maxsize=64)
-def _by_unit(axes: tuple[tuple[int, ...], ...]) -> Partition:
-    def total(arrays: list[Array]) -> list[Array]:
-        # keepdims, because a broadcast of the result would lose the sharding of an array on a
-        # mesh with explicit axes.
-        return [
-            jnp.sum(array, axis=axis, keepdims=True)
-            for array, axis in zip(arrays, axes, strict=True)
-        ]
-
-    return Partition(total, spread=list)
 
 
 def group_norms(
-    arrays: list[Inexact[Array, "..."]],
-    partition: Partition,
-    *,
-    axis_name: AxisName = None,
-    exact_below: bool = True,
-    exact_above: bool = True,
+    arrays: list[Inexact[Array, "..."]], partition: Partition, *, axis_name: AxisName = None
 ) -> GroupValues:
     """The Euclidean norm of each group, as float32 group values.
 
@@ -138,67 +44,140 @@ def group_norms(
         arrays: Floating-point or complex arrays of any dtype and shape.
         partition: How their elements fall into groups.
         axis_name: Mapped axes over which the arrays are split; sums are taken across them.
-        exact_below: Whether norms under about 5e-10 (in float32) are worth a second read. A
-            group of zeros cannot be told from one whose squares underflow without it.
-        exact_above: Whether norms over about 1e19 (in float32) are; they are infinite otherwise.
 
     Returns:
         Norms; NaN or Inf where a group has a NaN or Inf, or where the true norm is beyond
         float32. Elements below the smallest normal number may count as zero.
     """
-    if isinstance(axis_name, Sequence) and not isinstance(axis_name, str):
-        axis_name = tuple(axis_name)
-    return _compiled_group_norms(partition, axis_name, exact_below, exact_above, arrays)
+    if not arrays:
+        return norms_in_range(arrays, partition)
+    axis_name = _hashable(axis_name)
+    known = _known.get()
+    if known is not None and known.is_norm_of(arrays, partition, axis_name):
+        return known.norm[None]
+    return _compiled_group_norms(partition, axis_name, arrays)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def _group_norms(
-    partition: Partition,
-    axis_name: AxisName,
-    exact_below: bool,
-    exact_above: bool,
-    arrays: list[Inexact[Array, "..."]],
+@dataclasses.dataclass(frozen=True)
+class _KnownNorm:
+    arrays: list[Array]
+    norm: Float32[Array, ""]
+    axis_name: AxisName
+
+    def is_norm_of(self, arrays: list[Array], partition: Partition, axis_name: AxisName) -> bool:
+        return (
+            partition == Leaves((0,) * len(self.arrays), 1)
+            and axis_name == self.axis_name
+            and all(one is other for one, other in zip(arrays, self.arrays, strict=True))
+        )
+
+
+_known: contextvars.ContextVar[_KnownNorm | None] = contextvars.ContextVar("known", default=None)
+
+
+@contextlib.contextmanager
+def known_norm(
+    arrays: list[Inexact[Array, "..."]], norm: Float32[Array, ""], axis_name: AxisName
+) -> Iterator[None]:
+    """While it lasts, `group_norms` of all of these very arrays, as one group, is `norm`.
+
+    A wrapper tells the clippers inside it what it has computed. They find it by the identity of
+    the arrays, so whatever else they measure (other leaves, a gradient that a link before them has
+    changed) is measured as always, however deep in a chain they are.
+    """
+    token = _known.set(_KnownNorm(arrays, norm, _hashable(axis_name)))
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def norms_in_range(
+    arrays: list[Inexact[Array, "..."]], partition: Partition, *, axis_name: AxisName = None
 ) -> GroupValues:
-    dtype = _accumulator(arrays)
+    """The same norms, if they are between about 5e-10 and 1e19 (in float32): no scaled sums.
 
-    def read(factor: Array | None = None) -> GroupValues:
-        totals = partition.total([_squares(array, dtype, factor) for array in arrays])
-        return jax.tree.map(safe_sqrt, _sum_over(totals, axis_name))
-
-    norms = read()
-    if exact_below or exact_above:
-        norms = _read_again(read, norms, dtype, exact_below, exact_above)
+    Smaller ones may be too small, zero at the least, and larger ones are infinite.
+    """
+    (norms,) = _reader(arrays, partition, _hashable(axis_name))([None])
     return jax.tree.map(as_float32, norms)
 
 
-def _read_again(
-    read: Callable[[Array], GroupValues],
-    norms: GroupValues,
-    dtype: Any,
-    exact_below: bool,
-    exact_above: bool,
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _group_norms(
+    partition: Partition, axis_name: AxisName, arrays: list[Inexact[Array, "..."]]
 ) -> GroupValues:
-    """The norms, those whose squares were out of range from a second reading, if there are any.
+    def norms(
+        in_range: Callable[[Reader, Any], GroupValues], arrays: list[Inexact[Array, "..."]]
+    ) -> GroupValues:
+        read = _reader(arrays, partition, axis_name)
+        return jax.tree.map(as_float32, in_range(read, _accumulator(arrays)))
 
-    A loop of no rounds, in most steps: one body serves norms that are too small, in the first
-    round, and too large, in the second. And what uses the norms is compiled without the sums, which
-    XLA would otherwise add up again in each place.
-    """
+    return jax.lax.platform_dependent(
+        arrays,
+        cpu=functools.partial(norms, _read_again),
+        default=functools.partial(norms, _read_at_three_scales),
+    )
+
+
+# Root sums of squares of the groups, for each factor by which elements are multiplied first.
+Reader = Callable[[Sequence[Array | None]], list[GroupValues]]
+
+
+def _reader(
+    arrays: list[Inexact[Array, "..."]], partition: Partition, axis_name: AxisName
+) -> Reader:
+    dtype = _accumulator(arrays)
+
+    def read(factors: Sequence[Array | None]) -> list[GroupValues]:
+        terms = [tuple(_squares(array, dtype, by) for by in factors) for array in arrays]
+        totals = _sum_over(partition.total(terms), axis_name)
+        return [jax.tree.map(safe_sqrt, each) for each in totals]
+
+    return read
+
+
+def _range(dtype: Any) -> tuple[float, float]:
+    """The factor that brings squares back into range, and the norm below which they are not."""
     finfo = jnp.finfo(dtype)
-    # Half of the exponents, and 6 more as room for the sum over many elements.
+    # Half the exponent range, plus 6 bits of headroom for the sum.
     factor = 2.0 ** (finfo.maxexp // 2 + 6)
     # 2 ** 40 elements may each lose a square just below `tiny`: from here on, all of them
     # together are less than the rounding of the sum.
     floor = math.sqrt(float(finfo.tiny) * 2.0**64)
+    return factor, floor
+
+
+def _read_at_three_scales(read: Reader, dtype: Any) -> GroupValues:
+    factor, floor = _range(dtype)
+    # Not constants, which the compiler may square, and overflow.
+    up, down = jax.lax.optimization_barrier(
+        (jnp.asarray(factor, dtype), jnp.asarray(1 / factor, dtype))
+    )
+
+    def choose(plain: Array, raised: Array, lowered: Array) -> Array:
+        large = jnp.where(jnp.isinf(plain), lowered / down, plain)
+        return jnp.where(plain < floor, raised / up, large)
+
+    return jax.tree.map(choose, *read([None, up, down]))
+
+
+def _read_again(read: Reader, dtype: Any) -> GroupValues:
+    """The norms, those whose squares were out of range from a second reading.
+
+    Usually runs zero iterations of the loop. One body serves norms that are too small, in the
+    first iteration, and too large, in the second. It is a loop because `lax.cond` runs both
+    branches under `vmap`, and because what uses the norms is then compiled without the sums, which
+    XLA would otherwise add up again in each place.
+    """
+    factor, floor = _range(dtype)
 
     def is_wanted(carry: tuple[Array, GroupValues]) -> Array:
         number, norms = carry
         found = jnp.zeros((), bool)
         for norm in jax.tree.leaves(norms):
-            if exact_below:
-                found |= (number == 0) & jnp.any(norm < floor)
-            if exact_above:
-                found |= (number <= 1) & jnp.any(jnp.isinf(norm))
+            found |= (number == 0) & jnp.any(norm < floor)
+            found |= (number <= 1) & jnp.any(jnp.isinf(norm))
         return found
 
     def again(carry: tuple[Array, GroupValues]) -> tuple[Array, GroupValues]:
@@ -207,17 +186,18 @@ def _read_again(
         # The same for all groups, as factors that differ would make each leaf's loop a program of
         # its own; and not a constant, which the compiler would square, and overflow.
         by = jnp.where(first, factor, 1 / factor).astype(dtype)
+        (read_again,) = read([by])
         new = jax.tree.map(
             lambda norm, scaled: jnp.where(
                 jnp.where(first, norm < floor, jnp.isinf(norm)), scaled / by, norm
             ),
             norms,
-            read(by),
+            read_again,
         )
         return number + 1, new
 
-    start = jnp.asarray(0 if exact_below else 1, jnp.int32)
-    _, norms = jax.lax.while_loop(is_wanted, again, (start, norms))
+    (norms,) = read([None])
+    _, norms = jax.lax.while_loop(is_wanted, again, (jnp.zeros((), jnp.int32), norms))
     return norms
 
 
@@ -226,14 +206,12 @@ def _read_again(
 def _group_norms_jvp(
     partition: Partition,
     axis_name: AxisName,
-    exact_below: bool,
-    exact_above: bool,
     primals: tuple[list[Array]],
     tangents: tuple[list[Array]],
 ) -> tuple[GroupValues, GroupValues]:
     (arrays,), (changes,) = primals, tangents
     dtype = _accumulator(arrays)
-    norms = _group_norms(partition, axis_name, exact_below, exact_above, arrays)
+    norms = _group_norms(partition, axis_name, arrays)
 
     def product(array: Array, norm: Array, change: Array) -> Array:
         known = jnp.isfinite(norm) & (norm > 0)
@@ -247,11 +225,16 @@ def _group_norms_jvp(
     products = [
         product(*values) for values in zip(arrays, partition.spread(norms), changes, strict=True)
     ]
-    return norms, jax.tree.map(as_float32, _sum_over(partition.total(products), axis_name))
+    (changes,) = partition.total([(each,) for each in products])
+    return norms, jax.tree.map(as_float32, _sum_over(changes, axis_name))
 
 
-# Eager steps would otherwise trace the loop that reads again anew each time.
-_compiled_group_norms = jax.jit(_group_norms, static_argnums=(0, 1, 2, 3))
+# Or eager steps would trace it every time.
+_compiled_group_norms = jax.jit(_group_norms, static_argnums=(0, 1))
+
+
+def _hashable(axis_name: AxisName) -> AxisName:
+    return axis_name if axis_name is None or isinstance(axis_name, str) else tuple(axis_name)
 
 
 def is_inexact(leaf: Any) -> bool:

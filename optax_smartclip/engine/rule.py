@@ -19,11 +19,11 @@ from optax_smartclip.engine.metrics import increment_where, next_metrics
 from optax_smartclip.engine.norms import (
     AxisName,
     Norms,
-    by_leaf,
     group_norms,
     is_inexact,
 )
-from optax_smartclip.engine.scaling import clip_arrays, limit_threshold
+from optax_smartclip.engine.partitions import Leaves
+from optax_smartclip.engine.scaling import limit_threshold, scale_arrays, signed_scale
 from optax_smartclip.engine.states import ClipState, init_state, register_with_flax, select_groups
 from optax_smartclip.engine.trees import KeyPath, PyTree, flatten, path_name, replace_leaves
 
@@ -146,7 +146,7 @@ def clip_by_rule(
         check_num_groups(state, num_groups)
         leaves = clippable_leaves(updates, groups)
         arrays = list(leaves.values())
-        partition = by_leaf([groups.number[path] for path in leaves], num_groups)
+        partition = Leaves(tuple(groups.number[path] for path in leaves), num_groups)
         if grad_norm is None:
             norms = group_norms(arrays, partition, axis_name=axis_name)
         else:
@@ -161,12 +161,13 @@ def clip_by_rule(
                 f"{num_groups} groups, got the shape {jnp.shape(thresholds)}."
             )
         limits = limit_threshold(thresholds, state.num_observed, warmup_steps, max_norm)
-        clipped = clip_arrays(arrays, partition, norms, limits, nonfinite)
+        scales = signed_scale(norms, limits)
+        clipped = scale_arrays(arrays, partition, scales, nonfinite)
         recorded = rule.record(state.rule, shown, thresholds)
         next_state = ClipState(
             rule=select_groups(finite, recorded, state.rule),
             num_observed=increment_where(finite, state.num_observed),
-            last=next_metrics(state.last, norms, limits, nonfinite),
+            last=next_metrics(state.last, norms, limits, scales, nonfinite),
         )
         return replace_leaves(updates, dict(zip(leaves, clipped, strict=True))), next_state
 

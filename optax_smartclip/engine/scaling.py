@@ -10,21 +10,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Inexact, Int32
 
-from optax_smartclip.engine.norms import GroupValues, Partition, as_float32, working_dtype
+from optax_smartclip.engine.norms import as_float32, working_dtype
+from optax_smartclip.engine.partitions import GroupValues, Partition
 
 # In place of a scale, where the norm is not finite.
 _NOT_FINITE = -1.0
 
 
-def clip_arrays(
-    arrays: list[Array],
-    partition: Partition,
-    norms: GroupValues,
-    limits: GroupValues,
-    nonfinite: str,
+def scale_arrays(
+    arrays: list[Array], partition: Partition, scales: GroupValues, nonfinite: str
 ) -> list[Array]:
-    """Each array times the scale of its group, or of each of the groups within it."""
-    scales = jax.tree.map(signed_scale, norms, limits)
+    """Each array times the signed scale of its group, or of each of the groups within it."""
     return [
         scale_array(array, scale, nonfinite)
         for array, scale in zip(arrays, partition.spread(scales), strict=True)
@@ -34,7 +30,7 @@ def clip_arrays(
 def limit_threshold(
     threshold: Float32[Array, "..."], num_observed: Array, warmup_steps: Any, max_norm: Any
 ) -> Float32[Array, "..."]:
-    """What the threshold becomes after warm-up and `max_norm` have had their say.
+    """Applies warm-up and `max_norm` to a rule's threshold.
 
     In warm-up it is infinite; the ceiling `max_norm` holds always. A rule that returns NaN clips
     nothing, and one that returns a negative number clips to zero: neither may turn a gradient

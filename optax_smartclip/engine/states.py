@@ -118,7 +118,15 @@ def register_with_flax() -> None:
                         f"A saved {type(node).__name__} must have {name!r} of shape "
                         f"{current.shape}, as the clipper of this run has, got {jnp.shape(value)}."
                     )
+                if name == "last":
+                    value = jax.tree.map(_as_today, current, value)
                 object.__setattr__(restored, name, value)
             return restored
 
         serialization.register_serialization_state(cls, to_state_dict, from_state_dict)
+
+
+def _as_today(current: Any, saved: Any) -> Any:
+    # Version 0.1.0 reported of the units of `agc` whether any was clipped, and not how many.
+    is_array = hasattr(current, "dtype") and hasattr(saved, "dtype")
+    return saved.astype(current.dtype) if is_array and saved.dtype == bool else saved

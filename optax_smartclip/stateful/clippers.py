@@ -17,7 +17,8 @@ from optax_smartclip.clippers.autoclip import AUTO_WINDOW, fence_rule, percentil
 from optax_smartclip.clippers.zscore_clip import zscore_rule
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.groups import assign_groups
-from optax_smartclip.engine.norms import LARGEST, Norms, as_float32, by_leaf, group_norms
+from optax_smartclip.engine.norms import LARGEST, Norms, as_float32, group_norms
+from optax_smartclip.engine.partitions import Leaves
 from optax_smartclip.engine.rule import RuleState, ThresholdRule, clip_by_rule
 from optax_smartclip.engine.states import ClipState
 from optax_smartclip.engine.trees import PyTree, flatten
@@ -300,7 +301,7 @@ class AGC(StatefulClipper):
         clipped = flatten(grads)
         weights = {path: leaf for path, leaf in flatten(params).items() if path in clipped}
         number = assign_groups(self.scope, params).number
-        partition = by_leaf([number[path] for path in weights], norms.size)
+        partition = Leaves(tuple(number[path] for path in weights), norms.size)
         weight_norms = group_norms([jnp.asarray(leaf) for leaf in weights.values()], partition)
         least = as_float32(self._min_weight_norm)
         target = as_float32(self._arguments["clipping"]) * jnp.maximum(weight_norms, least)

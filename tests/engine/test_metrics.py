@@ -80,7 +80,7 @@ def assert_record(record, expected=None, prefix=""):
 def test_fields_are_scalars_for_one_group_and_vectors_for_more(groups, shape):
     before = init_metrics(groups)
     norms = jax.ShapeDtypeStruct((groups,), jnp.float32)
-    after = jax.eval_shape(lambda norms: next_metrics(before, norms, norms, "zero"), norms)
+    after = jax.eval_shape(lambda norms: next_metrics(before, norms, norms, norms, "zero"), norms)
     for record in (before, after):
         assert record._fields == tuple(FIELDS)
         for name, dtype in FIELDS.items():
@@ -98,7 +98,10 @@ def test_a_step_is_recorded_per_group():
     limits = jnp.float32([2.0, 2.0, 2.0, 2.0, 2.0, 0.0])
     for nonfinite, dropped in (("zero", 0.0), ("propagate", 1.0)):
         step = jax.jit(functools.partial(next_metrics, nonfinite=nonfinite))
-        record = step(step(init_metrics(6), norms, limits), norms, limits)
+        scales = jnp.float32([1.0, 1.0, 0.5, -1.0, -1.0, 1.0])
+        record = init_metrics(6)
+        for _ in range(2):
+            record = step(record, norms, limits, scales)
         expected = {
             "grad_norm": norms,
             "clip_threshold": limits,
@@ -115,7 +118,8 @@ def test_counters_stop_at_the_largest_integer():
     counts = jnp.array([LARGEST - 1, LARGEST, LARGEST], jnp.int32)
     before = init_metrics(3)._replace(num_steps=counts, num_clipped=counts, num_nonfinite=counts)
     step = jax.jit(functools.partial(next_metrics, nonfinite="zero"))
-    after = step(before, jnp.float32([2.0, 2.0, jnp.nan]), jnp.ones(3))
+    norms, scales = jnp.float32([2.0, 2.0, jnp.nan]), jnp.float32([0.5, 0.5, -1.0])
+    after = step(before, norms, jnp.ones(3), scales)
     np.testing.assert_array_equal(after.num_steps, [LARGEST] * 3)
     np.testing.assert_array_equal(after.num_clipped, [LARGEST] * 3)
     np.testing.assert_array_equal(after.num_nonfinite, [LARGEST - 1, LARGEST, LARGEST])

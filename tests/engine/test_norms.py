@@ -7,20 +7,34 @@ import pytest
 import reference
 from compat import enable_x64
 
-from optax_smartclip.engine.norms import by_leaf, by_unit, group_norms, is_inexact, working_dtype
+from optax_smartclip.engine.norms import group_norms, is_inexact, norms_in_range, working_dtype
+from optax_smartclip.engine.partitions import Leaves, Units
 
 RANDOM = np.random.default_rng(0)
 
 
-def norms_by_leaf(arrays, index=None, num_groups=1, **options):
+@pytest.fixture(autouse=True, params=["cpu", "default"])
+def platform(request, monkeypatch):
+    """Runs here what is chosen for a CPU, and what is chosen for a GPU or TPU."""
+
+    def choose(*arguments, **choices):
+        return choices[request.param](*arguments)
+
+    jax.clear_caches()
+    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+    yield request.param
+    jax.clear_caches()
+
+
+def norms_by_leaf(arrays, group=None, num_groups=1):
     """The norms of groups of whole arrays, compiled."""
-    partition = by_leaf([0] * len(arrays) if index is None else index, num_groups)
-    return jax.jit(lambda arrays: group_norms(arrays, partition, **options))(arrays)
+    partition = Leaves((0,) * len(arrays) if group is None else tuple(group), num_groups)
+    return jax.jit(lambda arrays: group_norms(arrays, partition))(arrays)
 
 
 @jax.jit
 def norm_of_one(array):
-    return group_norms([array], by_leaf([0], 1))[0]
+    return group_norms([array], Leaves((0,), 1))[0]
 
 
 def normal(shape, dtype):
@@ -107,10 +121,13 @@ def test_a_sum_can_overflow_where_no_square_does():
 
 
 @pytest.mark.parametrize(("large", "number"), [(1.6e-19, 10_000), (3e-18, 100_000)])
-def test_squares_that_are_lost_next_to_one_that_is_not_are_counted(large, number):
+def test_squares_that_are_lost_next_to_one_that_is_not_are_counted(platform, large, number):
     # The first square is above the smallest normal number, the many others are below it.
     array = np.r_[large, np.full(number, 1e-19)].astype(np.float32)
-    np.testing.assert_allclose(norm_of_one(array), reference.norm(array), rtol=1e-6)
+    # Without them, it would be 0.016 and 0.1 of this. A CPU adds up several sums at once in the
+    # order of the elements, which rounds more than by pairs.
+    rtol = 1e-6 if platform == "cpu" else 1e-3
+    np.testing.assert_allclose(norm_of_one(array), reference.norm(array), rtol=rtol)
 
 
 @pytest.mark.parametrize("sizes", [(1e30, 1.0, 1e-30), (1.0, 1e-30, 0.0), (np.inf, 1e25, np.nan)])
@@ -130,7 +147,7 @@ def test_a_nan_or_inf_anywhere_makes_the_norm_non_finite(bad):
 
 def test_a_tree_without_groups_has_no_norms():
     assert norms_by_leaf([], [], 0).shape == (0,)
-    assert group_norms([], by_unit([])) == []
+    assert group_norms([], Units(())) == []
 
 
 @pytest.mark.parametrize("arrays", [[], [jnp.zeros((0, 3))], [jnp.zeros(3), jnp.zeros(())]])
@@ -146,7 +163,7 @@ def test_a_group_without_members_has_the_norm_zero():
 @pytest.mark.parametrize("axes", [(), (0,), (1,), (0, 2), (0, 1, 2)])
 def test_units_are_summed_over_their_axes_and_keep_their_dimensions(axes):
     array = normal((3, 4, 2), jnp.float32)
-    (norms,) = jax.jit(lambda array: group_norms([array], by_unit([axes])))(array)
+    (norms,) = jax.jit(lambda array: group_norms([array], Units((axes,))))(array)
     expected = np.sqrt(np.sum(np.float64(array) ** 2, axis=axes, keepdims=True))
     assert norms.shape == expected.shape
     np.testing.assert_allclose(norms, expected, rtol=1e-6)
@@ -154,34 +171,30 @@ def test_units_are_summed_over_their_axes_and_keep_their_dimensions(axes):
 
 def test_single_units_of_several_arrays_are_rescued():
     rows = np.float32([[3e30, 4e30], [3.0, 4.0], [3e-30, 4e-30], [0.0, 0.0]])
-    by_row, by_column = jax.jit(lambda *arrays: group_norms(list(arrays), by_unit([(1,), (0,)])))(
-        rows, jnp.ones((4, 2))
+    columns, whole = jnp.ones((4, 2)), jnp.float32([3e30, 4e30])
+    partition = Units(((1,), None, (0,)))
+    single, by_row, by_column = jax.jit(lambda arrays: group_norms(arrays, partition))(
+        [rows, whole, columns]
     )
+    np.testing.assert_allclose(single, [5e30], rtol=1e-6)
     np.testing.assert_allclose(by_row[:, 0], [5e30, 5.0, 5e-30, 0.0], rtol=1e-6)
     np.testing.assert_array_equal(by_column, [[2.0, 2.0]])
 
 
-def test_without_exact_below_only_tiny_norms_differ():
-    rows = np.float32([[3e30, 4e30], [3.0, 4.0], [3e-9, 4e-9], [3e-30, 4e-30]])
-    (norms,) = jax.jit(lambda array: group_norms([array], by_unit([(1,)]), exact_below=False))(rows)
-    np.testing.assert_allclose(norms[:3, 0], [5e30, 5.0, 5e-9], rtol=1e-6)
-    assert norms[3, 0] == 0.0
+def test_norms_that_are_said_to_be_in_range_are_right_there_and_safe_elsewhere():
+    rows = np.float32([[3e18, 4e18], [3.0, 4.0], [3e-9, 4e-9], [3e-30, 4e-30], [3e30, 0.0]])
+    (norms,) = jax.jit(lambda rows: norms_in_range([rows], Units(((1,),))))(rows)
+    np.testing.assert_allclose(norms[:3, 0], [5e18, 5.0, 5e-9], rtol=1e-6)
+    assert 0 <= norms[3, 0] <= 5e-30
+    assert norms[4, 0] == np.inf
 
 
-def test_without_exact_above_only_huge_norms_differ():
-    for sizes, expected in (((1e25, 1.0), (np.inf, 2.0)), ((1.0, 1e-30), (2.0, 2e-30))):
-        arrays = [jnp.full(4, size, jnp.float32) for size in sizes]
-        norms = norms_by_leaf(arrays, [0, 1], 2, exact_above=False)
-        np.testing.assert_allclose(norms, expected, rtol=1e-6)
-
-
-def test_without_both_there_is_no_second_read():
-    arrays = [jnp.full(4, size, jnp.float32) for size in (1e25, 1.0, 1e-30)]
-    options = {"exact_above": False, "exact_below": False}
-    np.testing.assert_array_equal(norms_by_leaf(arrays, [0, 1, 2], 3, **options), [np.inf, 2, 0])
-    partition = by_leaf([0, 1, 2], 3)
-    program = jax.make_jaxpr(lambda arrays: group_norms(arrays, partition, **options))(arrays)
-    assert "while" not in str(program)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_nan_or_inf_makes_the_norms_of_its_unit_not_finite(bad):
+    rows = jnp.float32([[1.0, bad], [3.0, 4.0]])
+    (norms,) = norms_in_range([rows], Units(((1,),)))
+    assert not np.isfinite(norms[0, 0])
+    np.testing.assert_allclose(norms[1, 0], 5.0)
 
 
 @pytest.mark.parametrize("batch", [jax.vmap, lambda f: lambda rows: jax.lax.map(f, rows)])
@@ -196,7 +209,7 @@ def test_the_derivative_is_zero_at_zero_and_the_direction_elsewhere(batch):
 @pytest.mark.parametrize("first", [np.nan, np.inf, 0.0, 1.0])
 def test_the_derivative_of_a_norm_is_its_own_whatever_the_others_are(first):
     arrays = [jnp.float32([first, 0.0]), jnp.float32([3.0, 4.0]), jnp.float32([30.0, -40.0])]
-    partition = by_leaf([0, 1, 2], 3)
+    partition = Leaves((0, 1, 2), 3)
     for group, expected in ((1, [0.6, 0.8]), (2, [0.6, -0.8])):
         slopes = jax.jit(
             jax.grad(lambda arrays, group=group: group_norms(arrays, partition)[group])
@@ -216,7 +229,7 @@ def test_a_norm_is_summed_over_named_axes(size):
     parts = np.float32(size) * RANDOM.normal(size=(2, 3, 8)).astype(np.float32)
 
     def local(part):
-        return group_norms([part], by_leaf([0], 1), axis_name=("rows", "columns"))[0]
+        return group_norms([part], Leaves((0,), 1), axis_name=("rows", "columns"))[0]
 
     norms = jax.jit(jax.vmap(jax.vmap(local, axis_name="columns"), axis_name="rows"))(parts)
     np.testing.assert_allclose(norms, np.full((2, 3), reference.norm(parts)), rtol=1e-6)
@@ -226,14 +239,14 @@ def test_a_norm_is_summed_over_named_axes(size):
 def test_in_the_ordinary_range_the_norm_is_the_plain_one(size):
     array = jnp.float32(size) * normal((1000,), jnp.float32)
     plain = jax.jit(lambda x: jnp.sqrt(jnp.sum(jnp.square(x))))(array)
-    # One unit in the last place, for the compiler may order two programs' additions differently.
-    np.testing.assert_allclose(norm_of_one(array), plain, rtol=1.2e-7)
+    # Rounding apart: the compiler may order two programs' additions differently.
+    np.testing.assert_allclose(norm_of_one(array), plain, rtol=2e-6)
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 64])
 def test_the_norm_does_not_depend_on_how_a_tree_is_split_into_leaves(pieces):
     values = np.random.default_rng(1).normal(size=4096).astype(np.float32)
-    norm = jax.jit(lambda arrays: group_norms(arrays, by_leaf([0] * pieces, 1))[0])
+    norm = jax.jit(lambda arrays: group_norms(arrays, Leaves((0,) * pieces, 1))[0])
     for size in (1.0, 1e30):
         scaled = np.float32(size) * values
         np.testing.assert_allclose(
@@ -255,66 +268,20 @@ def test_one_program_serves_all_gradients():
     @jax.jit
     def norms(arrays):
         traces.append(1)
-        return group_norms(arrays, by_leaf([0, 1], 2))
+        return group_norms(arrays, Leaves((0, 1), 2))
 
     for size in (1.0, 1e30, 0.0, np.nan):
         norms([jnp.full(3, size, jnp.float32), jnp.full(2, 1.0, jnp.float32)])
     assert len(traces) == 1
 
 
-def test_the_gradient_is_read_once_unless_a_sum_is_out_of_range():
+@pytest.mark.parametrize(("target", "loops"), [("cpu", 1), ("cuda", 0), ("tpu", 0)])
+def test_only_a_program_for_a_cpu_has_a_loop(monkeypatch, target, loops):
+    monkeypatch.undo()
+    norms = jax.jit(lambda arrays: group_norms(arrays, Leaves((0, 1, 0), 2)))
     arrays = [jnp.ones(3), jnp.ones((2, 2)), jnp.ones(())]
-    partition = by_leaf([0, 1, 0], 2)
-    program = jax.make_jaxpr(lambda arrays: group_norms(arrays, partition))(arrays).jaxpr
-    # Within what is compiled and has a derivative of its own.
-    for name in ("jaxpr", "call_jaxpr"):
-        (call,) = [eqn for eqn in program.eqns if name in eqn.params]
-        program = call.params[name].jaxpr
-    (loop,) = [eqn for eqn in program.eqns if eqn.primitive.name == "while"]
-    for argument in program.invars:
-        readers = [eqn for eqn in program.eqns if any(argument is var for var in eqn.invars)]
-        assert len(readers) == 2
-        assert readers[1] is loop
-
-    def sums(jaxpr):
-        return str(jaxpr).count("reduce_sum")
-
-    assert sums(loop.params["body_jaxpr"]) == len(arrays)
-    assert sums(loop.params["cond_jaxpr"]) == 0
-    assert sums(program) == 2 * len(arrays)
-
-
-@pytest.mark.parametrize(
-    ("norms", "rounds"),
-    [
-        ([3.0, 4.0], 0),
-        ([np.nan, 3.0], 0),
-        ([0.0, 3.0], 1),
-        ([1e-30, 3.0], 1),
-        ([1e30, 3.0], 2),
-        ([np.inf, 3.0], 2),
-        ([1e-30, 1e30], 2),
-    ],
-)
-def test_a_second_reading_is_only_for_norms_that_need_it(norms, rounds):
-    read = []
-    arrays = [jnp.full(1, norm, jnp.float32) for norm in norms]
-
-    def count(sums):
-        read.append(1)
-        return sums
-
-    partition = by_leaf([0, 1], 2)
-
-    def total(arrays):
-        sums = partition.total(arrays)
-        jax.debug.callback(count, sums[0], ordered=True)
-        return sums
-
-    found = group_norms(arrays, partition._replace(total=total))
-    jax.effects_barrier()
-    np.testing.assert_allclose(found, norms, rtol=1e-6)
-    assert len(read) == 1 + rounds
+    text = norms.trace(arrays).lower(lowering_platforms=(target,)).as_text()
+    assert text.count("stablehlo.while") == loops
 
 
 @pytest.mark.parametrize("axis_name", ["batch", ["batch"], ("batch",)])
@@ -322,23 +289,6 @@ def test_mapped_axes_may_be_named_by_a_string_a_list_or_a_tuple(axis_name):
     arrays = jnp.asarray([[3.0], [4.0]], jnp.float32)
 
     def norm(array):
-        return group_norms([array], by_leaf([0], 1), axis_name=axis_name)[0]
+        return group_norms([array], Leaves((0,), 1), axis_name=axis_name)[0]
 
     np.testing.assert_allclose(jax.vmap(norm, axis_name="batch")(arrays), [5.0, 5.0], rtol=1e-6)
-
-
-def test_equal_partitions_are_one_object_by_which_eager_steps_find_their_program():
-    assert by_leaf([0, 1], 2) is by_leaf((0, 1), 2)
-    assert by_leaf([0, 1], 2) is not by_leaf([1, 0], 2)
-    assert by_unit([(0,), ()]) is by_unit([(0,), ()])
-
-
-@pytest.mark.parametrize("values", [[1, 1, 1], [1, 0.5, 1], [0.1, 0.2, 0.3], [np.nan, 0.5, np.inf]])
-def test_each_array_gets_the_value_of_its_group(values):
-    spread = jax.jit(by_leaf([2, 0, 1, 2], 3).spread)(jnp.float32(values))
-    np.testing.assert_array_equal(spread, np.float32(values)[[2, 0, 1, 2]])
-
-
-def test_values_are_taken_apart_by_one_compiled_function():
-    program = jax.make_jaxpr(by_leaf([0, 1], 2).spread)(jnp.ones(2))
-    assert [equation.params.get("name") for equation in program.eqns] == ["_apart"]

@@ -1,5 +1,7 @@
 """The scale and what it is applied to: exact where nothing is clipped, finite everywhere."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from compat import enable_x64
 
 from optax_smartclip.engine import scaling
-from optax_smartclip.engine.norms import by_leaf, by_unit
+from optax_smartclip.engine.partitions import Leaves, Units
 from optax_smartclip.engine.scaling import limit_threshold, signed_scale
 
 DTYPES = [
@@ -19,7 +21,13 @@ DTYPES = [
     jnp.float8_e5m2,
 ]
 scale_array = jax.jit(scaling.scale_array, static_argnums=2)
-clip_arrays = jax.jit(scaling.clip_arrays, static_argnums=(1, 4))
+
+
+@partial(jax.jit, static_argnums=(1, 4))
+def clip_arrays(arrays, partition, norms, limits, nonfinite):
+    scales = jax.tree.map(scaling.signed_scale, norms, limits)
+    return scaling.scale_arrays(arrays, partition, scales, nonfinite)
+
 
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -180,13 +188,13 @@ def test_the_result_of_a_weak_type_is_strong():
 def test_leaves_are_scaled_by_their_group_and_rows_by_their_own(nonfinite):
     arrays = [jnp.full((2, 2), 8.0), jnp.full(3, 8.0), jnp.full((2, 2), 8.0)]
     norms, limits = jnp.asarray([4.0, jnp.inf]), jnp.asarray([1.0, 1.0])
-    clipped = clip_arrays(arrays, by_leaf([0, 1, 0], 2), norms, limits, nonfinite)
+    clipped = clip_arrays(arrays, Leaves((0, 1, 0), 2), norms, limits, nonfinite)
     other = 0.0 if nonfinite == "zero" else 8.0
     for array, expected in zip(clipped, [2.0, other, 2.0], strict=True):
         np.testing.assert_array_equal(array, np.full(array.shape, expected))
 
     norms, limits = [jnp.asarray([[4.0], [jnp.nan]])], [jnp.asarray([[1.0], [1.0]])]
-    (rows,) = clip_arrays(arrays[:1], by_unit([(1,)]), norms, limits, nonfinite)
+    (rows,) = clip_arrays(arrays[:1], Units(((1,),)), norms, limits, nonfinite)
     np.testing.assert_array_equal(rows, [[2.0, 2.0], [other, other]])
 
 
@@ -196,7 +204,7 @@ def test_each_array_is_clipped_by_the_norm_and_the_limit_of_its_group(nonfinite)
     limits = np.array([1.0, 1.0, 1.0, 1.0, 1.0, 0.0], np.float32)
     arrays = [jnp.full(3, place + 1.0) for place in range(6)]
     clipped = clip_arrays(
-        arrays, by_leaf(range(6), 6), jnp.asarray(norms), jnp.asarray(limits), nonfinite
+        arrays, Leaves(tuple(range(6)), 6), jnp.asarray(norms), jnp.asarray(limits), nonfinite
     )
     kept = 0.0 if nonfinite == "zero" else 1.0
     scales = [1.0, 0.5, 1.0, kept, kept, 1.0]

@@ -1,0 +1,80 @@
+"""Partitions: sums of groups, and the way back, against sums written out in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optax_smartclip.engine.partitions import Leaves, Units, sum_together
+
+RANDOM = np.random.default_rng(0)
+ARRAYS = [
+    RANDOM.normal(size=shape).astype(np.float32) for shape in [(3, 2), (4,), (), (0, 3), (2, 3, 4)]
+]
+
+
+def test_whole_leaves_are_summed_by_group():
+    partition = Leaves((1, 0, 1, 2, 0), 4)
+    plain, squares = jax.jit(partition.total)([(array, array**2) for array in ARRAYS])
+    for totals, power in ((plain, 1), (squares, 2)):
+        sums = [np.sum(np.float64(array) ** power) for array in ARRAYS]
+        expected = [sums[1] + sums[4], sums[0] + sums[2], sums[3], 0.0]
+        np.testing.assert_allclose(totals, expected, rtol=1e-5)
+
+
+def test_units_are_summed_by_their_axes_and_single_ones_come_first():
+    partition = Units(((0,), None, None, (1,), (0, 2)))
+    plain, squares = jax.jit(partition.total)([(array, array**2) for array in ARRAYS])
+    for totals, power in ((plain, 1), (squares, 2)):
+        powers = [np.float64(array) ** power for array in ARRAYS]
+        expected = [
+            [np.sum(powers[1]), powers[2]],
+            np.sum(powers[0], axis=0, keepdims=True),
+            np.sum(powers[3], axis=1, keepdims=True),
+            np.sum(powers[4], axis=(0, 2), keepdims=True),
+        ]
+        assert len(totals) == len(expected)
+        for actual, wanted in zip(totals, expected, strict=True):
+            assert actual.shape == np.shape(wanted)
+            np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("axes", [None, (0,), (0, 2), ()])
+def test_sums_that_are_taken_together_are_those_that_are_taken_alone(axes):
+    array = ARRAYS[-1]
+    together = jax.jit(lambda *terms: sum_together(terms, axes))(array, -array, 2 * array)
+    for sum_, factor in zip(together, (1, -1, 2), strict=True):
+        expected = factor * np.sum(np.float64(array), axis=axes, keepdims=axes is not None)
+        assert sum_.shape == expected.shape
+        np.testing.assert_allclose(sum_, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("values", [[1, 1, 1], [1, 0.5, 1], [0.1, 0.2, 0.3], [np.nan, 0.5, np.inf]])
+def test_each_leaf_gets_the_value_of_its_group(values):
+    spread = jax.jit(Leaves((2, 0, 1, 2), 3).spread)(jnp.float32(values))
+    np.testing.assert_array_equal(spread, np.float32(values)[[2, 0, 1, 2]])
+
+
+def test_each_array_gets_the_values_of_its_units():
+    partition = Units((None, (0,), None))
+    units = jnp.float32([[3.0, 4.0]])
+    first, rows, last = jax.jit(partition.spread)([jnp.float32([1.0, 2.0]), units])
+    np.testing.assert_array_equal([first, last], [1.0, 2.0])
+    np.testing.assert_array_equal(rows, units)
+    np.testing.assert_array_equal(Units(((0,),)).spread([units])[0], units)
+
+
+def test_equal_partitions_hash_equal_so_that_a_compiled_function_is_found_again():
+    assert len({Leaves((0, 1), 2), Leaves((0, 1), 2), Leaves((1, 0), 2)}) == 2
+    assert len({Units(((0,), None)), Units(((0,), None)), Units((None, (0,)))}) == 2
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_only_a_cpu_takes_values_apart_behind_a_conditional(platform):
+    spread = jax.jit(Leaves((1, 0), 2).spread).trace(jnp.ones(2))
+    here, there = (
+        spread.lower(lowering_platforms=(name,)).as_text().count("stablehlo.case")
+        for name in ("cpu", platform)
+    )
+    # The others are choices that have been made.
+    assert here == there + 1
