@@ -23,10 +23,11 @@ from optax_smartclip.engine.norms import (
     AxisName,
     Norms,
     as_float32,
-    by_leaf,
     group_norms,
     is_inexact,
+    known_norm,
 )
+from optax_smartclip.engine.partitions import Leaves
 from optax_smartclip.engine.scaling import has_reached
 from optax_smartclip.engine.states import register_with_flax, select_groups, state
 from optax_smartclip.engine.trees import PyTree
@@ -205,9 +206,11 @@ def skip_spikes(
         skip = invalid | (spike & ~may_pass)
 
         # Zeros in place of what is dropped, so that no NaN of the gradient is computed with.
-        inner_updates, inner_state = inner.update(
-            _zero_where(skip, updates), state.inner_state, params, **extra_args
-        )
+        passed_on = _zero_where(skip, updates)
+        with known_norm(_arrays(passed_on), jnp.where(skip, 0.0, norm), axis_name):
+            inner_updates, inner_state = inner.update(
+                passed_on, state.inner_state, params, **extra_args
+            )
         recorded = history.record(detector.history, jnp.where(finite, seen, 0.0), _QUARTILES)
         in_a_row = jnp.where(skip, optax.safe_increment(detector.num_in_a_row), 0)
         next_detector = SpikeDetectorState(
@@ -241,9 +244,13 @@ def outlier_threshold(
     return jnp.where(spread > 0, median + as_float32(sigma) * spread, jnp.inf)
 
 
+def _arrays(updates: PyTree) -> list[Array]:
+    return [jnp.asarray(leaf) for leaf in jax.tree.leaves(updates) if is_inexact(leaf)]
+
+
 def _norm(updates: PyTree, axis_name: AxisName) -> Float32[Array, ""]:
-    arrays = [jnp.asarray(leaf) for leaf in jax.tree.leaves(updates) if is_inexact(leaf)]
-    norms: Norms = group_norms(arrays, by_leaf([0] * len(arrays), 1), axis_name=axis_name)
+    arrays = _arrays(updates)
+    norms: Norms = group_norms(arrays, Leaves((0,) * len(arrays), 1), axis_name=axis_name)
     return norms[0]
 
 
