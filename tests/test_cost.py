@@ -12,7 +12,6 @@ import re
 
 import bench
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -184,12 +183,9 @@ def primitives(jaxpr):
     """The operations of a program and of those within it."""
     for equation in jaxpr.eqns:
         yield equation.primitive.name
-        for value in jax.tree.leaves(
-            equation.params, is_leaf=lambda node: isinstance(node, jax.extend.core.ClosedJaxpr)
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if isinstance(inner, jax.extend.core.Jaxpr):
-                yield from primitives(inner)
+        for value in jax.tree.leaves(equation.params):
+            if hasattr(value, "eqns"):
+                yield from primitives(value)
 
 
 def count_primitives(tx, num_leaves):
@@ -309,12 +305,9 @@ def loops(jaxpr, within=None):
     for equation in jaxpr.eqns:
         if equation.primitive.name in ("while", "scan"):
             yield within
-        for value in jax.tree.leaves(
-            equation.params, is_leaf=lambda node: isinstance(node, jax.extend.core.ClosedJaxpr)
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if isinstance(inner, jax.extend.core.Jaxpr):
-                yield from loops(inner, equation.params.get("name", within))
+        for value in jax.tree.leaves(equation.params):
+            if hasattr(value, "eqns"):
+                yield from loops(value, equation.params.get("name", within))
 
 
 @every_clipper
