@@ -1,28 +1,33 @@
-# Each target sets up what it needs in .venv, from Python 3.11 or newer and the network.
+# Each target sets up what it needs in .venv or beside it, from Python 3.11 or newer and the network.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
+LINT := .venv-lint
 # Two workers: more cost more in compilation than they gain.
 WORKERS ?= 2
 
-.PHONY: test test-lowest demo spikes lint format wheel bench memory soak rules mutation docs links colabs clean
+.PHONY: test test-lowest test-deprecations demo spikes lint format wheel bench memory soak rules mutation docs links colabs clean
 
-test: lint
+test: lint $(VENV)/test
 	$(BIN)/pytest -n $(WORKERS) --cov --cov-report=term
 
 # With the lowest versions that pyproject.toml allows of all that it names.
 test-lowest: $(LOWEST)/test
 	$(LOWEST)/bin/pytest -n $(WORKERS)
 
-lint: $(VENV)/test
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+# What a later version of JAX, NumPy or Python will refuse.
+test-deprecations: $(VENV)/test
+	$(BIN)/pytest -n $(WORKERS) -W error
 
-format: $(VENV)/test
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+lint: $(LINT)/lint
+	$(LINT)/bin/ruff check .
+	$(LINT)/bin/ruff format --check .
+	$(LINT)/bin/mypy
+
+format: $(LINT)/lint
+	$(LINT)/bin/ruff check --fix .
+	$(LINT)/bin/ruff format .
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/train_text.py
@@ -84,9 +89,16 @@ $(LOWEST)/test: pyproject.toml | $(BIN)/uv
 		--editable ".[test]"
 	@touch $@
 
+# The versions that pyproject.toml names, and nothing that they require.
+$(LINT)/lint: pyproject.toml | $(BIN)/uv
+	rm -rf $(LINT)
+	$(BIN)/uv venv --quiet --python $(BIN)/python $(LINT)
+	$(BIN)/uv pip install --quiet --python $(LINT)/bin/python --no-deps --group lint
+	@touch $@
+
 # It takes seconds where pip takes two minutes.
 $(BIN)/uv: | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.5"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.7"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -94,4 +106,4 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) $(LOWEST) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist docs/_build docs/colabs
+	rm -rf $(VENV) $(LOWEST) $(LINT) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist docs/_build docs/colabs

@@ -37,3 +37,13 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("default")
+
+
+def pytest_configure(config):
+    """Lets the code of the pages run with the warnings as errors that the tests have."""
+    from documents import STRICT_PYTHON
+
+    filters = [*config.getini("filterwarnings"), *(config.getoption("pythonwarnings") or ())]
+    # The last one decides, and Python ignores an option that it has had before.
+    for each in reversed(dict.fromkeys(reversed(filters))):
+        STRICT_PYTHON.extend(["-W", each])

@@ -7,6 +7,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
+# Python with the warnings as errors that are errors in the tests; conftest.py adds them.
+STRICT_PYTHON = [sys.executable]
+
 
 def blocks(page, language):
     """The code blocks of a page."""
@@ -22,5 +25,5 @@ def run_python_blocks(page, script, *checks):
     """
     script.write_text("\n".join([*blocks(page, "python"), *checks]))
     return subprocess.run(
-        [sys.executable, "-W", "error", script], check=True, stdout=subprocess.PIPE, text=True
+        [*STRICT_PYTHON, script], check=True, stdout=subprocess.PIPE, text=True
     ).stdout

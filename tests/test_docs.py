@@ -9,7 +9,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tomllib
 from collections import Counter
 
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from documents import ROOT, run_python_blocks
+from documents import ROOT, STRICT_PYTHON, run_python_blocks
 
 import optax_smartclip as smartclip
 
@@ -164,7 +163,7 @@ def test_the_code_of_all_other_pages_runs_and_prints_what_is_shown(tmp_path):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    command = [sys.executable, "-W", "error", "-c", RUNNER, file]
+    command = [*STRICT_PYTHON, "-c", RUNNER, file]
     subprocess.run(command, check=True, env={**os.environ, **cache})
     printed = [output.rstrip("\n") for output in json.loads(file.read_text())]
     places = [place for place, _ in shown]
@@ -174,8 +173,8 @@ def test_the_code_of_all_other_pages_runs_and_prints_what_is_shown(tmp_path):
 def test_versions_that_are_written_down_twice_agree():
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"\nversion: {smartclip.__version__}\n" in citation
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (ruff,) = [name for name in extras["optional-dependencies"]["test"] if "ruff" in name]
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    (ruff,) = [name for name in groups["lint"] if "ruff" in name]
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
     assert f"ruff-pre-commit\n    rev: v{ruff.removeprefix('ruff==')}\n" in hooks
 
