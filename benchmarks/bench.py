@@ -39,7 +39,6 @@ what users of PyTorch's `clip_grad_norm_` write: norm in one program, `float()`,
 import argparse
 import json
 import math
-import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -51,15 +50,35 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import smartclip as smartclip_011
+from contenders import (
+    ADAMW,
+    ADAPTIVE,
+    AGC,
+    ALONE,
+    AUTO,
+    GLOBAL,
+    NONE,
+    OPTIMIZERS,
+    PER_PARAM,
+    SGD,
+    WINDOW128,
+    WINDOW1024,
+    WINDOW65536,
+    Wrap,
+    before,
+)
+from contenders import CLIPPERS as CONTENDERS
 from machine import describe_machine
+from models import GPT24, GPT124, LEAVES300, LEAVES2000, MODELS, RESNET, TOY, is_shape
+from program_text import temporary_bytes, usual_bytes, xla_bytes
 from smartclip.backends.jax import apply_grads as apply_grads_011
+from targets import Target, format_targets
 
 import optax_smartclip as smartclip
 from optax_smartclip.clippers import agc
 from optax_smartclip.engine.norms import group_norms
 
 Tree = Any
-Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
 
 # Of steps that are timed together, in seconds: long beside the clock and short beside the noise.
 BATCH = 0.03
@@ -69,85 +88,13 @@ QUICK_REPEATS = 5
 COPIED_BYTES = 2**27
 
 
-# Models.
-
-
-def gpt(layers: int, width: int, vocabulary: int) -> Tree:
-    """Shapes of a GPT-2."""
-
-    def norm() -> Tree:
-        return {"scale": (width,), "bias": (width,)}
-
-    def dense(inputs: int, outputs: int) -> Tree:
-        return {"kernel": (inputs, outputs), "bias": (outputs,)}
-
-    blocks = {
-        f"block{number:02d}": {
-            "norm1": norm(),
-            "qkv": dense(width, 3 * width),
-            "out": dense(width, width),
-            "norm2": norm(),
-            "up": dense(width, 4 * width),
-            "down": dense(4 * width, width),
-        }
-        for number in range(layers)
-    }
-    return {"tokens": (vocabulary, width), "places": (1024, width), "norm": norm(), **blocks}
-
-
-def transformer_blocks(layers: int, width: int) -> Tree:
-    """The same without embeddings: 12 leaves for each layer."""
-    shapes = gpt(layers, width, 1)
-    return {name: leaves for name, leaves in shapes.items() if name.startswith("block")}
-
-
-def resnet50() -> Tree:
-    """Shapes of a ResNet-50: 161 leaves."""
-
-    def unit(size: int, inputs: int, outputs: int) -> Tree:
-        return {"conv": (size, size, inputs, outputs), "scale": (outputs,), "bias": (outputs,)}
-
-    shapes = {"stem": unit(7, 3, 64)}
-    inputs = 64
-    for stage, blocks in enumerate((3, 4, 6, 3)):
-        width = 64 * 2**stage
-        for block in range(blocks):
-            name = f"stage{stage}_block{block}"
-            shapes[name] = {
-                "first": unit(1, inputs, width),
-                "second": unit(3, width, width),
-                "third": unit(1, width, 4 * width),
-            }
-            if block == 0:
-                shapes[name]["shortcut"] = unit(1, inputs, 4 * width)
-            inputs = 4 * width
-    return {**shapes, "head": {"kernel": (inputs, 1000), "bias": (1000,)}}
-
-
-def small_matrices(pairs: int, size: int = 32) -> Tree:
-    """Many small leaves."""
-    return {f"layer{n:04d}": {"kernel": (size, size), "bias": (size,)} for n in range(pairs)}
-
-
-GPT24, GPT124, RESNET = "GPT 24M", "GPT-2 124M", "ResNet-50"
-LEAVES300, LEAVES2000, TOY = "300 leaves", "2000 leaves", "toy"
-MODELS: dict[str, Callable[[], Tree]] = {
-    TOY: lambda: {"kernel": (3, 3), "bias": (1,)},
-    GPT24: lambda: gpt(10, 384, 16_000),
-    RESNET: resnet50,
-    LEAVES300: lambda: transformer_blocks(25, 192),
-    GPT124: lambda: gpt(12, 768, 50_257),
-    LEAVES2000: lambda: small_matrices(1000),
-}
-
-
 def random_tree(shapes: Tree, seed: int, size: float) -> Tree:
     """Arrays on the device, normally distributed."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda shape: jnp.asarray(np.float32(size) * rng.standard_normal(shape, np.float32)),
         shapes,
-        is_leaf=lambda node: isinstance(node, tuple),
+        is_leaf=is_shape,
     )
 
 
@@ -156,17 +103,7 @@ def num_bytes(tree: Tree) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-# Clippers and optimizers.
-
-
-def before(clipper: optax.GradientTransformation) -> Wrap:
-    """Puts a clipper before an optimizer."""
-    return lambda optimizer: optax.chain(clipper, optimizer)
-
-
-def percentile(size: int, scope: str = "global") -> Wrap:
-    """AutoClip's percentile over a window."""
-    return before(smartclip.autoclip(90.0, history=smartclip.ring_buffer(size), scope=scope))
+# Clippers taken apart.
 
 
 def state_alone(clipper: optax.GradientTransformation) -> Wrap:
@@ -219,49 +156,20 @@ FIXED = smartclip.ThresholdRule(
     init=jnp.ones, threshold=lambda limits, _: limits, record=lambda limits, *_: limits
 )
 
-NONE = "no clipping"
-GLOBAL, ADAPTIVE = "clip_by_global_norm(1)", "adaptive_grad_clip(0.01)"
 LEAST, ENGINE = "min(1, 1 / norm)", "clip_by_rule, fixed"
-AUTO, AGC = "autoclip()", "agc()"
-WINDOW128, WINDOW1024, WINDOW65536 = (f"autoclip(90, window={size})" for size in (128, 1024, 65536))
-PER_PARAM = "autoclip(90, window=1024, per_param)"
 EAGER, FETCHED = "smartclip 0.1.1", "norm on the host"
-
 CLIPPERS: dict[str, Wrap] = {
-    NONE: lambda optimizer: optimizer,
-    GLOBAL: before(optax.clip_by_global_norm(1.0)),
-    ADAPTIVE: before(optax.adaptive_grad_clip(0.01)),
-    "clip_by_block_rms(1)": before(optax.clip_by_block_rms(1.0)),
+    **CONTENDERS,
     LEAST: before(least()),
     ENGINE: before(smartclip.clip_by_rule(FIXED)),
-    AUTO: before(smartclip.autoclip()),
-    WINDOW128: percentile(128),
-    WINDOW1024: percentile(1024),
-    WINDOW65536: percentile(65536),
-    PER_PARAM: percentile(1024, "per_param"),
-    "autoclip(10, log_histogram)": before(
-        smartclip.autoclip(10.0, history=smartclip.log_histogram())
-    ),
-    "zscore_clip()": before(smartclip.zscore_clip()),
-    AGC: before(smartclip.agc()),
-    "agc(), norms read once": agc_without(group_norms=norms_read_once),
-    "agc(), that and no report": agc_without(group_norms=norms_read_once, furthest_unit=no_report),
     "state of autoclip() alone": state_alone(smartclip.autoclip()),
     "state of window=1024 alone": state_alone(smartclip.autoclip(90.0)),
-    "skip_spikes(chain(autoclip(), tx))": lambda optimizer: smartclip.skip_spikes(
-        optax.chain(smartclip.autoclip(), optimizer)
-    ),
+    "agc(), norms read once": agc_without(group_norms=norms_read_once),
+    "agc(), that and no report": agc_without(group_norms=norms_read_once, furthest_unit=no_report),
 }
 ON_THE_HOST = (FETCHED, EAGER)
 LESS_THAN_AGC = tuple(name for name in CLIPPERS if name.startswith("agc(),"))
 REFERENCES = {WINDOW65536: WINDOW128} | dict.fromkeys((AGC, *LESS_THAN_AGC), ADAPTIVE)
-
-ADAMW, SGD, ALONE = "adamw", "sgd", "alone"
-OPTIMIZERS = {
-    ADAMW: lambda: optax.adamw(3e-4),
-    SGD: lambda: optax.sgd(1e-3),
-    ALONE: optax.identity,
-}
 
 # What is measured by default: which clippers, on which model, before which optimizer.
 CELLS: dict[tuple[str, str], tuple[str, ...]] = {
@@ -434,73 +342,6 @@ def copy_bandwidth() -> float:
     return 2 * COPIED_BYTES / float(np.median(times[2:]))
 
 
-# Figures of a compiled program.
-
-
-def xla_bytes(compiled: Any) -> float | None:
-    """What XLA says that a program reads and writes; None where it does not say."""
-    analysis = compiled.cost_analysis()
-    analysis = analysis[0] if isinstance(analysis, list) else analysis
-    return (analysis or {}).get("bytes accessed")
-
-
-def usual_bytes(compiled: Any) -> float | None:
-    """The same, but with the cheaper branch of each conditional, and no round of any loop."""
-    total = xla_bytes(compiled)
-    if total is None:
-        return None
-    text = compiled.as_text()
-    for line in text.splitlines():
-        if " conditional(" in line:
-            each = [computation_bytes(text, name) for name in branches(line)]
-            total -= max(each) - min(each)
-        elif " while(" in line:
-            total -= computation_bytes(text, re.search(r"body=%?([\w.-]+)", line)[1])
-    return total
-
-
-def branches(line: str) -> list[str]:
-    """The names of the computations that a conditional chooses from."""
-    listed = re.search(r"branch_computations=\{(.*?)\}", line)
-    if listed:
-        return re.findall(r"%?([\w.-]+)", listed[1])
-    return re.findall(r"(?:true|false)_computation=%?([\w.-]+)", line)
-
-
-# They move nothing, or what they move is counted where it is computed.
-FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "conditional", "while"}
-
-
-def computation_bytes(text: str, name: str) -> int:
-    """Operands and results of all instructions of one computation of a program."""
-    body = re.search(rf"^(?:ENTRY )?%?{re.escape(name)} .*?\{{\n(.*?)^\}}", text, re.M | re.S)[1]
-    instructions = re.findall(
-        r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(?:, |$)", body, re.M
-    )
-    sizes = {label: shape_bytes(shape) for label, shape, *_ in instructions}
-    total = 0
-    for label, _, operation, operands in instructions:
-        if operation not in FREE:
-            names = re.findall(r"%([\w.-]+)", operands)
-            total += sizes[label] + sum(sizes.get(operand, 0) for operand in names)
-    return total
-
-
-def shape_bytes(shape: str) -> int:
-    """Of one array or a tuple of them, as XLA writes them: `f32[3,4]{1,0}`."""
-    total = 0
-    for kind, dimensions in re.findall(r"([a-z]+\d*)\w*\[([\d,]*)\]", shape):
-        bits = int(re.sub(r"\D", "", kind) or 8)
-        total += math.prod(int(size) for size in dimensions.split(",") if size) * bits // 8
-    return total
-
-
-def temporary_bytes(compiled: Any) -> int | None:
-    """Temporary memory; None where XLA does not say."""
-    analysis = compiled.memory_analysis()
-    return None if analysis is None else analysis.temp_size_in_bytes
-
-
 # The table.
 
 
@@ -601,7 +442,7 @@ def format_cell(rows: list[Row]) -> str:
     width = max(map(len, (*CLIPPERS, *ON_THE_HOST))) + 1
     head = f"{'step us' if micro else 'step ms':>9}{'floor':>8}{'ratio (quartiles)':>24}  "
     head += f"{'to':<25}{'bytes':>24}{'temp':>10}{'compile':>9}{'state':>10}"
-    shapes = jax.tree.leaves(MODELS[rows[0].model](), is_leaf=lambda node: isinstance(node, tuple))
+    shapes = jax.tree.leaves(MODELS[rows[0].model](), is_leaf=is_shape)
     total = sum(map(math.prod, shapes))
     title = f"{rows[0].model}, {rows[0].optimizer}"
     lines = [f"\n{title}: {total:,} parameters in {len(shapes)} leaves", f"{'':{width}}{head}"]
@@ -621,20 +462,6 @@ def format_cell(rows: list[Row]) -> str:
 
 
 # The targets.
-
-
-class Target(NamedTuple):
-    """What was promised and what was measured."""
-
-    text: str
-    limit: float
-    value: float
-    quartiles: tuple[float, float] | None = None
-
-    @property
-    def met(self) -> bool:
-        """Whether the measured figure, as it is printed, is within the limit."""
-        return bool(round(self.value, 3) <= self.limit)
 
 
 def check_targets(rows: list[Row]) -> list[Target]:
@@ -691,20 +518,6 @@ def check_targets(rows: list[Row]) -> list[Target]:
         text += "temporary memory in parameter sizes; the others need less"
         targets.append(Target(text, 0.01, excess[worst]))
     return targets
-
-
-def format_targets(targets: list[Target]) -> str:
-    """A line for each."""
-    lines = ["\nTargets"]
-    for target in targets:
-        spread = ""
-        if target.quartiles is not None:
-            spread = f" ({target.quartiles[0]:.3f}-{target.quartiles[1]:.3f})"
-        verdict = "met" if target.met else "MISSED"
-        lines.append(
-            f"{verdict:7} {target.value:7.3f}{spread:18} <= {target.limit:<5g} {target.text}"
-        )
-    return "\n".join(lines)
 
 
 def select_cells(

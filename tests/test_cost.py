@@ -3,18 +3,18 @@
 Memory traffic and memory are measured as slopes: how much more of it a larger model of the same
 number of leaves needs, in units of the bytes that its parameters have more. What a clipper needs
 for its history, which does not grow with the model, falls out. Time is a matter for
-`benchmarks/bench.py`, from which the figures of compiled programs come.
+`benchmarks/bench.py`; what is read from compiled programs, `benchmarks/program_text.py` reads.
 """
 
 import collections
 import functools
 import re
 
-import bench
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import program_text
 import pytest
 from clipper_table import CLIPPERS
 from compat import lenient
@@ -75,10 +75,6 @@ def slope(figure, name):
     return (large - small) / (size(LARGE) - size(SMALL))
 
 
-def entry(compiled):
-    return re.search(r"^ENTRY %?([\w.-]+)", compiled.as_text(), re.MULTILINE)[1]
-
-
 def first_half(grads):
     return {name: number < len(grads) // 2 for number, name in enumerate(grads)}
 
@@ -89,8 +85,8 @@ def first_half(grads):
 @pytest.mark.parametrize("name", ["alone", THEIRS, "adaptive_grad_clip"])
 def test_bytes_added_up_from_the_text_of_a_program_are_those_that_xla_states(name):
     compiled = compile_step(name, "large")
-    total = bench.computation_bytes(compiled.as_text(), entry(compiled))
-    assert total == pytest.approx(bench.xla_bytes(compiled), rel=1e-3)
+    total = program_text.ProgramText(compiled.as_text()).traffic()
+    assert total == pytest.approx(program_text.xla_bytes(compiled), rel=1e-3)
 
 
 def test_bytes_of_the_usual_branch_are_those_of_norms_that_have_no_other():
@@ -101,8 +97,8 @@ def test_bytes_of_the_usual_branch_are_those_of_norms_that_have_no_other():
         jax.jit(functools.partial(norms, partition=partition)).lower(leaves).compile()
         for norms in (group_norms, norms_in_range)
     )
-    assert bench.xla_bytes(exact) > 1.5 * bench.xla_bytes(plain)
-    assert bench.usual_bytes(exact) == pytest.approx(bench.xla_bytes(plain), rel=1e-2)
+    assert program_text.xla_bytes(exact) > 1.5 * program_text.xla_bytes(plain)
+    assert program_text.usual_bytes(exact) == pytest.approx(program_text.xla_bytes(plain), rel=1e-2)
 
 
 def test_bytes_of_a_conditional_are_those_of_its_cheapest_branch():
@@ -112,8 +108,8 @@ def test_bytes_of_a_conditional_are_those_of_its_cheapest_branch():
         return jax.lax.switch(number, [jnp.sum, jnp.max, lambda _: jnp.float32(1.0)], array)
 
     compiled = jax.jit(choose).lower(0, array).compile()
-    assert bench.xla_bytes(compiled) > 400_000
-    assert bench.usual_bytes(compiled) < 1000
+    assert program_text.xla_bytes(compiled) > 400_000
+    assert program_text.usual_bytes(compiled) < 1000
 
 
 # Memory traffic.
@@ -123,7 +119,7 @@ def test_bytes_of_a_conditional_are_those_of_its_cheapest_branch():
 def bytes_of_their_norm():
     """What Optax's norm alone reads and writes, per byte of the gradient."""
     small, large = (
-        bench.xla_bytes(jax.jit(optax.tree.norm).lower(arrays(model)).compile())
+        program_text.xla_bytes(jax.jit(optax.tree.norm).lower(arrays(model)).compile())
         for model in (SMALL, LARGE)
     )
     return (large - small) / (size(LARGE) - size(SMALL))
@@ -132,15 +128,15 @@ def bytes_of_their_norm():
 @pytest.mark.parametrize("name", ["autoclip", "per_param"])
 def test_a_step_moves_what_adamw_and_a_norm_move_and_nothing_more(name):
     # In jax 0.10.2: AdamW 10.00, the norm 1.00, both and `clip_by_global_norm` 15.00.
-    ours = slope(bench.usual_bytes, name)
-    floor = slope(bench.usual_bytes, "alone") + bytes_of_their_norm()
+    ours = slope(program_text.usual_bytes, name)
+    floor = slope(program_text.usual_bytes, "alone") + bytes_of_their_norm()
     assert floor <= ours <= floor + 0.02
-    assert ours < slope(bench.usual_bytes, THEIRS)
+    assert ours < slope(program_text.usual_bytes, THEIRS)
 
 
 def test_agc_moves_what_adaptive_grad_clip_moves():
     # A thousandth of either is norms of units, whose number grows, too.
-    ours, theirs = (slope(bench.usual_bytes, name) for name in ("agc", "adaptive_grad_clip"))
+    ours, theirs = (slope(program_text.usual_bytes, name) for name in ("agc", "adaptive_grad_clip"))
     assert ours <= 1.01 * theirs
 
 
@@ -235,7 +231,7 @@ def test_a_norm_that_skip_spikes_has_computed_is_not_computed_again(inner, again
 def test_a_larger_model_needs_no_more_temporary_memory_than_with_clip_by_global_norm(name):
     # Norms of units need more in JAX 0.7, Optax's as well.
     others = [THEIRS, "adaptive_grad_clip"] if name == "agc" else [THEIRS]
-    ours, *theirs = (slope(bench.temporary_bytes, label) for label in (name, *others))
+    ours, *theirs = (slope(program_text.temporary_bytes, label) for label in (name, *others))
     assert ours <= max(theirs) + 0.01
 
 

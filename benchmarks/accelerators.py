@@ -1,0 +1,378 @@
+"""What clipping costs on accelerators that are not there: a TPU v5e and an H100.
+
+XLA compiles training steps ahead of time for a description of a device, and this reads what the
+compiled programs do. Nothing runs, so that any machine will do and the figures, but for the time of
+compilation, are the same on all. A step has no model: it is the clipper, the optimizer and
+`optax.apply_updates`, with parameters and states donated. Prints a table for each model and device,
+then the targets with what was found; writes all figures to `accelerators.json`.
+
+    python benchmarks/accelerators.py [--out accelerators] [--devices v5e h100 v4 v5p v6e]
+                                      [--models 185M mlp] [--clippers agc] [--quick] [--swap]
+
+- HBM: what a step reads and writes in main memory, in units of the size of the parameters that a
+  device holds. It is counted from the text of the program (`program_text.py` says how), because
+  XLA's own analysis counts the bodies of loops, and what is fetched ahead twice.
+- apart: the same of one round of each loop and of the costliest branch of each conditional, which
+  do not run in every step.
+- kernels: fusions, reductions and copies that run in every step, each of which a GPU launches.
+- copies: how many of the kernels are copies.
+- collectives: how many all-reduces, all-gathers and so on run in every step.
+- loops: loops and conditionals.
+- temp: temporary memory of the program, in the same units as HBM. What is in fast memory does not
+  count on a TPU.
+- compile: seconds to trace, lower and compile, once, after all caches were emptied.
+
+A device holds all parameters, or a quarter of them (`FSDP`): each array is split along its longest
+axis that four divides, and the state of the optimizer likewise.
+
+`--swap` returns the state before the parameters, so that JAX gives each donated buffer to another
+array of the same shape. On a GPU XLA then copies two arrays for each parameter, in every step.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from contenders import (
+    ADAM,
+    ADAMW,
+    ADAPTIVE,
+    AGC,
+    AUTO,
+    GLOBAL,
+    NONE,
+    OPTIMIZERS,
+    SKIP,
+    ZSCORE,
+    Wrap,
+    before,
+)
+from contenders import CLIPPERS as CONTENDERS
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from machine import describe_machine
+from models import (
+    GPT24,
+    GPT124,
+    GPT185,
+    GPT185_STACKED,
+    MLP,
+    MODELS,
+    RESNET,
+    is_shape,
+)
+from program_text import KERNELS, ProgramText, temporary_bytes
+from targets import Target, format_targets
+
+import optax_smartclip as smartclip
+
+Tree = Any
+
+# An H100 as XLA describes it (`GpuTargetConfig` of protobuf): what is left out is zero.
+H100_CONFIG = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84942979072
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+V5E, H100 = "v5e", "h100"
+# Slices of four chips.
+TPUS = {V5E: "v5e:2x2", "v4": "v4:2x2x1", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+DEVICES = (*TPUS, H100)
+
+
+def describe(device: str, count: int) -> list[Any]:
+    """So many devices of a kind, to compile for."""
+    if device == H100:
+        return topologies.get_topology_desc(
+            platform="cuda",
+            topology_name="",
+            target_config=H100_CONFIG,
+            topology=f"1x1x{count}",
+        ).devices
+    return topologies.get_topology_desc(topology_name=TPUS[device], platform="tpu").devices[:count]
+
+
+def no_device() -> None:
+    """Before anything compiles: libtpu is to ask for no machine, and JAX for no device."""
+    import libtpu
+
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_LIBRARY_PATH": libtpu.get_library_path(),
+        # Without devices, processes are not in each other's way.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    # Looking for a GPU, the CUDA plugin would fail without a driver.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+AUTO90, AUTO_PER_PARAM, SKIP_ALONE = (
+    "autoclip(90)",
+    'autoclip(scope="per_param")',
+    "skip_spikes(tx)",
+)
+CLIPPERS: dict[str, Wrap] = {
+    **{name: CONTENDERS[name] for name in (NONE, GLOBAL, ADAPTIVE, AUTO)},
+    AUTO90: before(smartclip.autoclip(90.0)),
+    ZSCORE: CONTENDERS[ZSCORE],
+    AUTO_PER_PARAM: before(smartclip.autoclip(scope="per_param")),
+    AGC: CONTENDERS[AGC],
+    SKIP: CONTENDERS[SKIP],
+    SKIP_ALONE: smartclip.skip_spikes,
+}
+
+# What is compiled: which clippers, on which model, over how many devices.
+FSDP = 4
+CELLS: dict[tuple[str, int], tuple[str, ...]] = {
+    (MLP, 1): tuple(CLIPPERS),
+    (GPT24, 1): (NONE, GLOBAL, AUTO),
+    (GPT24, FSDP): (NONE, GLOBAL, AUTO, AUTO_PER_PARAM, SKIP),
+    (RESNET, 1): (NONE, ADAPTIVE, AUTO, AGC),
+    (GPT124, 1): (NONE, AUTO),
+    (GPT185, 1): tuple(CLIPPERS),
+    (GPT185_STACKED, 1): (NONE, GLOBAL, AUTO, AGC),
+}
+QUICK = {(MLP, 1): tuple(CLIPPERS)}
+
+
+class Row(NamedTuple):
+    """The figures of one program; sizes in units of the parameters that a device holds."""
+
+    device: str
+    model: str
+    count: int
+    clipper: str
+    traffic: float
+    apart: float
+    kernels: int
+    copies: int
+    collectives: dict[str, int]
+    loops: int
+    temp: float
+    compile: float
+
+
+def split(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Along the longest axis that can be."""
+    count = mesh.devices.size
+    axes: list[str | None] = [None] * len(shape)
+    can_be = [axis for axis, size in enumerate(shape) if size % count == 0]
+    if count > 1 and can_be:
+        axes[max(can_be, key=lambda axis: shape[axis])] = mesh.axis_names[0]
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def compile_step(
+    model: str, tx: optax.GradientTransformation, mesh: Mesh, swap: bool
+) -> tuple[Any, int, float]:
+    """The program, the bytes of parameters that a device holds, and seconds of compilation."""
+    shapes = jax.tree.leaves(MODELS[model](), is_leaf=is_shape)
+    shardings = {shape: split(shape, mesh) for shape in shapes}
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+        # An array of the optimizer is split as the parameter that it is for.
+        sharding = shardings.get(leaf.shape, everywhere)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    params = jax.tree.map(
+        lambda shape: placed(jax.ShapeDtypeStruct(shape, jnp.float32)),
+        MODELS[model](),
+        is_leaf=is_shape,
+    )
+    state = jax.tree.map(placed, jax.eval_shape(tx.init, params))
+
+    def step(params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        return (state, params) if swap else (params, state)
+
+    returned = (state, params) if swap else (params, state)
+    jitted = jax.jit(
+        step,
+        donate_argnums=(0, 1),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, returned),
+    )
+    jax.clear_caches()
+    start = time.perf_counter()
+    compiled = jitted.trace(params, state, params).lower().compile()
+    seconds = time.perf_counter() - start
+    held = sum(4 * int(np.prod(shardings[shape].shard_shape(shape))) for shape in shapes)
+    return compiled, held, seconds
+
+
+def measure(device: str, model: str, count: int, clipper: str, swap: bool) -> Row:
+    """Compiles a step and reads the program."""
+    mesh = Mesh(np.array(describe(device, count)), ("devices",))
+    tx = CLIPPERS[clipper](OPTIMIZERS[ADAM if model == MLP else ADAMW]())
+    compiled, held, seconds = compile_step(model, tx, mesh, swap)
+    program = ProgramText(compiled.as_text())
+    operations = program.operations()
+    return Row(
+        device,
+        model,
+        count,
+        clipper,
+        program.traffic() / held,
+        program.traffic_apart() / held,
+        sum(operations[kind] for kind in KERNELS),
+        operations["copy"],
+        dict(program.collectives()),
+        operations["while"] + operations["conditional"],
+        temporary_bytes(compiled) / held,
+        seconds,
+    )
+
+
+WIDTH = max(map(len, CLIPPERS)) + 1
+
+
+def title(device: str, model: str, count: int) -> str:
+    """What stands above a table."""
+    shapes = jax.tree.leaves(MODELS[model](), is_leaf=is_shape)
+    total = sum(int(np.prod(shape)) for shape in shapes)
+    where = device if count == 1 else f"FSDP over {count} {device}"
+    optimizer = ADAM if model == MLP else ADAMW
+    head = f"\n{model}, {optimizer}, {where}: {total:,} parameters in {len(shapes)} leaves\n"
+    return (
+        head
+        + f"{'':{WIDTH}}{'HBM':>7}{'apart':>7}{'kernels':>9}{'copies':>8}"
+        + (f"{'collectives':>13}{'loops':>7}{'temp':>7}{'compile':>9}")
+    )
+
+
+def format_row(row: Row) -> str:
+    """A line of a table."""
+    kinds = " ".join(f"{count} {kind}" for kind, count in row.collectives.items())
+    return (
+        f"{row.clipper:{WIDTH}}{row.traffic:7.2f}{row.apart:7.2f}{row.kernels:9}{row.copies:8}"
+        f"{sum(row.collectives.values()):13}{row.loops:7}{row.temp:7.2f}{row.compile:9.1f}"
+        f"{'  ' + kinds if kinds else ''}"
+    )
+
+
+def check_targets(rows: Iterable[Row]) -> list[Target]:
+    """Those whose rows have been measured."""
+    found = {(row.device, row.model, row.count, row.clipper): row for row in rows}
+    targets: list[Target] = []
+
+    def compare(text: str, limit: float, figure: Any, own: str, other: str, *cell: Any) -> None:
+        if {(*cell, own), (*cell, other)} <= found.keys():
+            value = figure(found[*cell, own], found[*cell, other])
+            device, model, count = cell
+            where = f"{model}, {device}" if count == 1 else f"{model}, FSDP over {count} {device}"
+            targets.append(Target(f"{own} {text}, {where}", limit, value))
+
+    def traffic(own: Row, other: Row) -> float:
+        return round(own.traffic - other.traffic, 2)
+
+    for device in DEVICES:
+        cell = (device, GPT185, 1)
+        limit = 1.0 if device == H100 else 1.15
+        less = f"less {NONE}: HBM in parameter sizes"
+        compare(less, limit, traffic, AUTO, NONE, *cell)
+        compare(less, 1.3, traffic, SKIP, NONE, *cell)
+        compare(
+            "temporary memory in parameter sizes", 0.3, lambda own, _: own.temp, SKIP, NONE, *cell
+        )
+        over = f"/ {ADAPTIVE}"
+        compare(f"{over}: kernels", 1.1, lambda a, b: a.kernels / b.kernels, AGC, ADAPTIVE, *cell)
+        compare(f"{over}: compile", 1.5, lambda a, b: a.compile / b.compile, AGC, ADAPTIVE, *cell)
+    for clipper in (AUTO, ZSCORE, AUTO90):
+        more = f"less {GLOBAL}: kernels"
+        compare(more, 8, lambda a, b: a.kernels - b.kernels, clipper, GLOBAL, H100, MLP, 1)
+    return targets
+
+
+def select_cells(
+    models: list[str] | None, clippers: list[str] | None, quick: bool
+) -> dict[tuple[str, int], tuple[str, ...]]:
+    """What the options leave of the table: names that contain one of the given words."""
+
+    def chosen(words: list[str] | None, name: str) -> bool:
+        return words is None or any(word.lower() in name.lower() for word in words)
+
+    cells = {}
+    for (model, count), labels in (QUICK if quick else CELLS).items():
+        left = tuple(label for label in labels if chosen(clippers, label))
+        if chosen(models, model if count == 1 else f"{model}, FSDP") and left:
+            cells[model, count] = left
+    return cells
+
+
+def main() -> None:
+    """Compiles, prints the tables, writes the file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--out", type=Path, default=Path("accelerators"), help="folder for the file"
+    )
+    parser.add_argument("--models", nargs="+", help="only those whose name contains one of these")
+    parser.add_argument("--clippers", nargs="+", help="only those whose name contains one of these")
+    parser.add_argument("--devices", nargs="+", choices=DEVICES, default=[V5E, H100])
+    parser.add_argument("--quick", action="store_true", help="the smallest model alone")
+    parser.add_argument("--swap", action="store_true", help="return the state first")
+    arguments = parser.parse_args()
+    cells = select_cells(arguments.models, arguments.clippers, arguments.quick)
+    if not cells:
+        parser.error("no model and clipper has such a name")
+    no_device()
+    begin = time.perf_counter()
+    print(describe_machine(jax, optax), flush=True)
+    rows = []
+    for (model, count), labels in cells.items():
+        for device in arguments.devices:
+            print(title(device, model, count), flush=True)
+            for label in labels:
+                rows.append(measure(device, model, count, label, arguments.swap))
+                print(format_row(rows[-1]), flush=True)
+    targets = check_targets(rows)
+    print(format_targets(targets))
+
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    figures = {
+        "machine": describe_machine(jax, optax),
+        "rows": [row._asdict() for row in rows],
+        "targets": [{**target._asdict(), "met": target.met} for target in targets],
+    }
+    (arguments.out / "accelerators.json").write_text(json.dumps(figures, indent=1) + "\n")
+    seconds = time.perf_counter() - begin
+    print(f"\nWrote accelerators.json to {arguments.out}/ after {seconds:.0f} s.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The clippers and optimizers whose cost the benchmarks compare, by the names in their tables."""
+
+from collections.abc import Callable
+
+import optax
+
+import optax_smartclip as smartclip
+
+Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
+
+
+def before(clipper: optax.GradientTransformation) -> Wrap:
+    """Puts a clipper before an optimizer."""
+    return lambda optimizer: optax.chain(clipper, optimizer)
+
+
+def percentile(size: int, scope: str = "global") -> Wrap:
+    """AutoClip's percentile over a window."""
+    return before(smartclip.autoclip(90.0, history=smartclip.ring_buffer(size), scope=scope))
+
+
+NONE = "no clipping"
+GLOBAL, ADAPTIVE = "clip_by_global_norm(1)", "adaptive_grad_clip(0.01)"
+AUTO, AGC = "autoclip()", "agc()"
+WINDOW128, WINDOW1024, WINDOW65536 = (f"autoclip(90, window={size})" for size in (128, 1024, 65536))
+PER_PARAM = "autoclip(90, window=1024, per_param)"
+ZSCORE, SKIP = "zscore_clip()", "skip_spikes(chain(autoclip(), tx))"
+
+CLIPPERS: dict[str, Wrap] = {
+    NONE: lambda optimizer: optimizer,
+    GLOBAL: before(optax.clip_by_global_norm(1.0)),
+    ADAPTIVE: before(optax.adaptive_grad_clip(0.01)),
+    "clip_by_block_rms(1)": before(optax.clip_by_block_rms(1.0)),
+    AUTO: before(smartclip.autoclip()),
+    WINDOW128: percentile(128),
+    WINDOW1024: percentile(1024),
+    WINDOW65536: percentile(65536),
+    PER_PARAM: percentile(1024, "per_param"),
+    "autoclip(10, log_histogram)": before(
+        smartclip.autoclip(10.0, history=smartclip.log_histogram())
+    ),
+    ZSCORE: before(smartclip.zscore_clip()),
+    AGC: before(smartclip.agc()),
+    SKIP: lambda optimizer: smartclip.skip_spikes(optax.chain(smartclip.autoclip(), optimizer)),
+}
+
+ADAMW, ADAM, SGD, ALONE = "adamw", "adam", "sgd", "alone"
+OPTIMIZERS = {
+    ADAMW: lambda: optax.adamw(3e-4),
+    ADAM: lambda: optax.adam(3e-4),
+    SGD: lambda: optax.sgd(1e-3),
+    ALONE: optax.identity,
+}
