@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 LINT := .venv-lint
+ACCELERATORS := .venv-accelerators
 # Two workers: more cost more in compilation than they gain.
 WORKERS ?= 2
 
-.PHONY: test test-lowest test-deprecations demo spikes lint format wheel bench memory soak rules mutation docs links colabs clean
+.PHONY: test test-lowest test-deprecations demo spikes lint format wheel bench accelerators memory soak rules mutation docs links colabs clean
 
 test: lint $(VENV)/test
 	$(BIN)/pytest -n $(WORKERS) --cov --cov-report=term
@@ -47,6 +48,10 @@ wheel:
 
 bench: $(VENV)/test
 	$(BIN)/python benchmarks/bench.py
+
+# What the same costs on a TPU and on a GPU, by their compilers: it needs neither.
+accelerators: $(ACCELERATORS)/accelerators
+	$(ACCELERATORS)/bin/python benchmarks/accelerators.py $(ARGS)
 
 # Temporary memory and time of gradients that are computed block by block.
 memory: $(VENV)/test
@@ -96,6 +101,13 @@ $(LINT)/lint: pyproject.toml | $(BIN)/uv
 	$(BIN)/uv pip install --quiet --python $(LINT)/bin/python --no-deps --group lint
 	@touch $@
 
+# Apart from the others: two gigabytes of compilers, and a JAX that has plugins for devices.
+$(ACCELERATORS)/accelerators: pyproject.toml | $(BIN)/uv
+	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(ACCELERATORS)
+	$(BIN)/uv pip install --quiet --python $(ACCELERATORS)/bin/python \
+		--editable ".[accelerators]"
+	@touch $@
+
 # It takes seconds where pip takes two minutes.
 $(BIN)/uv: | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.7"
@@ -106,4 +118,4 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(LINT) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist docs/_build docs/colabs
+	rm -rf $(VENV) $(LOWEST) $(LINT) $(ACCELERATORS) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist docs/_build docs/colabs

@@ -14,26 +14,29 @@ then the targets with what was found; writes all figures to `accelerators.json`.
   XLA's own analysis counts the bodies of loops, and what is fetched ahead twice.
 - apart: the same of one round of each loop and of the costliest branch of each conditional, which
   do not run in every step.
-- kernels: fusions, reductions and copies that run in every step, each of which a GPU launches.
+- kernels: fusions, reductions and copies that run in every step, each of which a GPU launches. A
+  copy that goes on beside others, from one memory of a TPU to another, is none.
 - copies: how many of the kernels are copies.
 - collectives: how many all-reduces, all-gathers and so on run in every step.
 - loops: loops and conditionals.
-- temp: temporary memory of the program, in the same units as HBM. What is in fast memory does not
-  count on a TPU.
+- temp: temporary memory of the program, in the same units as HBM, without a TPU's fast memory.
 - compile: seconds to trace, lower and compile, once, after all caches were emptied.
 
 A device holds all parameters, or a quarter of them (`FSDP`): each array is split along its longest
 axis that four divides, and the state of the optimizer likewise.
 
-`--swap` returns the state before the parameters, so that JAX gives each donated buffer to another
-array of the same shape. On a GPU XLA then copies two arrays for each parameter, in every step.
+With `--swap`, a step takes the state before the parameters but returns it after them. JAX gives the
+donated buffers, in the order of the arguments, to results of the same shape, so that each goes to
+another array than its own. On a GPU, XLA then copies two arrays for each parameter in every step.
 """
 
 import argparse
 import json
+import math
 import os
 import time
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +78,8 @@ from targets import Target, format_targets
 import optax_smartclip as smartclip
 
 Tree = Any
+# A device, a model, and how many devices it is split over.
+Cell = tuple[str, str, int]
 
 # An H100 as XLA describes it (`GpuTargetConfig` of protobuf): what is left out is zero.
 H100_CONFIG = """
@@ -110,6 +115,7 @@ V5E, H100 = "v5e", "h100"
 # Slices of four chips.
 TPUS = {V5E: "v5e:2x2", "v4": "v4:2x2x1", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 DEVICES = (*TPUS, H100)
+COMPILERS = ("libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
 
 
 def describe(device: str, count: int) -> list[Any]:
@@ -124,8 +130,8 @@ def describe(device: str, count: int) -> list[Any]:
     return topologies.get_topology_desc(topology_name=TPUS[device], platform="tpu").devices[:count]
 
 
-def no_device() -> None:
-    """Before anything compiles: libtpu is to ask for no machine, and JAX for no device."""
+def set_up() -> str:
+    """The compilers, so that libtpu asks for no machine and JAX for no device: their versions."""
     import libtpu
 
     os.environ |= {
@@ -139,13 +145,12 @@ def no_device() -> None:
     # Looking for a GPU, the CUDA plugin would fail without a driver.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
+    versions = (f"{name} {metadata.version(name)}" for name in COMPILERS)
+    return f"Compiled by {', '.join(versions)}."
 
 
-AUTO90, AUTO_PER_PARAM, SKIP_ALONE = (
-    "autoclip(90)",
-    'autoclip(scope="per_param")',
-    "skip_spikes(tx)",
-)
+AUTO90, AUTO_PER_PARAM = "autoclip(90)", 'autoclip(scope="per_param")'
+SKIP_ALONE = "skip_spikes(tx)"
 CLIPPERS: dict[str, Wrap] = {
     **{name: CONTENDERS[name] for name in (NONE, GLOBAL, ADAPTIVE, AUTO)},
     AUTO90: before(smartclip.autoclip(90.0)),
@@ -186,6 +191,16 @@ class Row(NamedTuple):
     temp: float
     compile: float
 
+    @property
+    def all_reduces(self) -> int:
+        """How many there are in every step."""
+        return self.collectives.get("all-reduce", 0)
+
+    @property
+    def other_collectives(self) -> int:
+        """All-gathers and so on."""
+        return sum(self.collectives.values()) - self.all_reduces
+
 
 def split(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """Along the longest axis that can be."""
@@ -205,41 +220,42 @@ def compile_step(
     shardings = {shape: split(shape, mesh) for shape in shapes}
     everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    def param(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=shardings[shape])
+
+    def in_state(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # An array of the optimizer is split as the parameter that it is for.
         sharding = shardings.get(leaf.shape, everywhere)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    params = jax.tree.map(
-        lambda shape: placed(jax.ShapeDtypeStruct(shape, jnp.float32)),
-        MODELS[model](),
-        is_leaf=is_shape,
-    )
-    state = jax.tree.map(placed, jax.eval_shape(tx.init, params))
+    params = jax.tree.map(param, MODELS[model](), is_leaf=is_shape)
+    state = jax.tree.map(in_state, jax.eval_shape(tx.init, params))
 
     def step(params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
         updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        return (state, params) if swap else (params, state)
+        return optax.apply_updates(params, updates), state
 
-    returned = (state, params) if swap else (params, state)
+    def swapped(state: Tree, params: Tree, grads: Tree) -> tuple[Tree, Tree]:
+        return step(params, state, grads)
+
     jitted = jax.jit(
-        step,
+        swapped if swap else step,
         donate_argnums=(0, 1),
-        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, returned),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, (params, state)),
     )
+    arguments = (state, params, params) if swap else (params, state, params)
     jax.clear_caches()
     start = time.perf_counter()
-    compiled = jitted.trace(params, state, params).lower().compile()
+    compiled = jitted.trace(*arguments).lower().compile()
     seconds = time.perf_counter() - start
-    held = sum(4 * int(np.prod(shardings[shape].shard_shape(shape))) for shape in shapes)
+    held = sum(4 * math.prod(shardings[shape].shard_shape(shape)) for shape in shapes)
     return compiled, held, seconds
 
 
 def measure(device: str, model: str, count: int, clipper: str, swap: bool) -> Row:
     """Compiles a step and reads the program."""
     mesh = Mesh(np.array(describe(device, count)), ("devices",))
-    tx = CLIPPERS[clipper](OPTIMIZERS[ADAM if model == MLP else ADAMW]())
+    tx = CLIPPERS[clipper](OPTIMIZERS[optimizer_of(model)]())
     compiled, held, seconds = compile_step(model, tx, mesh, swap)
     program = ProgramText(compiled.as_text())
     operations = program.operations()
@@ -262,17 +278,24 @@ def measure(device: str, model: str, count: int, clipper: str, swap: bool) -> Ro
 WIDTH = max(map(len, CLIPPERS)) + 1
 
 
+def optimizer_of(model: str) -> str:
+    """Adam for the agent's, AdamW for the others."""
+    return ADAM if model == MLP else ADAMW
+
+
+def place(device: str, model: str, count: int) -> str:
+    """In words."""
+    return f"{model}, {device}" if count == 1 else f"{model}, FSDP over {count} {device}"
+
+
 def title(device: str, model: str, count: int) -> str:
     """What stands above a table."""
     shapes = jax.tree.leaves(MODELS[model](), is_leaf=is_shape)
-    total = sum(int(np.prod(shape)) for shape in shapes)
-    where = device if count == 1 else f"FSDP over {count} {device}"
-    optimizer = ADAM if model == MLP else ADAMW
-    head = f"\n{model}, {optimizer}, {where}: {total:,} parameters in {len(shapes)} leaves\n"
     return (
-        head
-        + f"{'':{WIDTH}}{'HBM':>7}{'apart':>7}{'kernels':>9}{'copies':>8}"
-        + (f"{'collectives':>13}{'loops':>7}{'temp':>7}{'compile':>9}")
+        f"\n{place(device, model, count)}, {optimizer_of(model)}: "
+        f"{sum(map(math.prod, shapes)):,} parameters in {len(shapes)} leaves\n"
+        f"{'':{WIDTH}}{'HBM':>7}{'apart':>7}{'kernels':>9}{'copies':>8}"
+        f"{'collectives':>13}{'loops':>7}{'temp':>8}{'compile':>9}"
     )
 
 
@@ -281,9 +304,20 @@ def format_row(row: Row) -> str:
     kinds = " ".join(f"{count} {kind}" for kind, count in row.collectives.items())
     return (
         f"{row.clipper:{WIDTH}}{row.traffic:7.2f}{row.apart:7.2f}{row.kernels:9}{row.copies:8}"
-        f"{sum(row.collectives.values()):13}{row.loops:7}{row.temp:7.2f}{row.compile:9.1f}"
+        f"{sum(row.collectives.values()):13}{row.loops:7}{row.temp:8.2f}{row.compile:9.1f}"
         f"{'  ' + kinds if kinds else ''}"
     )
+
+
+# Figures in the texts of targets.
+NAMES = {
+    "traffic": "HBM in parameter sizes",
+    "kernels": "kernels",
+    "temp": "temporary memory in parameter sizes",
+    "compile": "time of compilation",
+    "all_reduces": "all-reduces",
+    "other_collectives": "other collectives",
+}
 
 
 def check_targets(rows: Iterable[Row]) -> list[Target]:
@@ -291,31 +325,32 @@ def check_targets(rows: Iterable[Row]) -> list[Target]:
     found = {(row.device, row.model, row.count, row.clipper): row for row in rows}
     targets: list[Target] = []
 
-    def compare(text: str, limit: float, figure: Any, own: str, other: str, *cell: Any) -> None:
+    def compare(cell: Cell, own: str, other: str, figure: str, ratio: bool, limit: float) -> None:
         if {(*cell, own), (*cell, other)} <= found.keys():
-            value = figure(found[*cell, own], found[*cell, other])
-            device, model, count = cell
-            where = f"{model}, {device}" if count == 1 else f"{model}, FSDP over {count} {device}"
-            targets.append(Target(f"{own} {text}, {where}", limit, value))
+            ours, theirs = (getattr(found[*cell, label], figure) for label in (own, other))
+            value = ours / theirs if ratio else round(ours - theirs, 2)
+            text = f"{own} {'/' if ratio else 'less'} {other}, {place(*cell)}: {NAMES[figure]}"
+            targets.append(Target(text, limit, value))
 
-    def traffic(own: Row, other: Row) -> float:
-        return round(own.traffic - other.traffic, 2)
+    def look_at(cell: Cell, own: str, figure: str, limit: float) -> None:
+        if (*cell, own) in found:
+            value = round(getattr(found[*cell, own], figure), 2)
+            targets.append(Target(f"{own}, {place(*cell)}: {NAMES[figure]}", limit, value))
 
     for device in DEVICES:
         cell = (device, GPT185, 1)
-        limit = 1.0 if device == H100 else 1.15
-        less = f"less {NONE}: HBM in parameter sizes"
-        compare(less, limit, traffic, AUTO, NONE, *cell)
-        compare(less, 1.3, traffic, SKIP, NONE, *cell)
-        compare(
-            "temporary memory in parameter sizes", 0.3, lambda own, _: own.temp, SKIP, NONE, *cell
-        )
-        over = f"/ {ADAPTIVE}"
-        compare(f"{over}: kernels", 1.1, lambda a, b: a.kernels / b.kernels, AGC, ADAPTIVE, *cell)
-        compare(f"{over}: compile", 1.5, lambda a, b: a.compile / b.compile, AGC, ADAPTIVE, *cell)
-    for clipper in (AUTO, ZSCORE, AUTO90):
-        more = f"less {GLOBAL}: kernels"
-        compare(more, 8, lambda a, b: a.kernels - b.kernels, clipper, GLOBAL, H100, MLP, 1)
+        compare(cell, AUTO, NONE, "traffic", False, 1.0 if device == H100 else 1.15)
+        compare(cell, SKIP, NONE, "traffic", False, 1.3)
+        look_at(cell, SKIP, "temp", 0.3)
+        compare(cell, AGC, ADAPTIVE, "kernels", True, 1.1)
+        compare(cell, AGC, ADAPTIVE, "compile", True, 1.5)
+    for clipper in (AUTO, AUTO90, ZSCORE):
+        compare((H100, MLP, 1), clipper, GLOBAL, "kernels", False, 8)
+    for device in DEVICES:
+        cell = (device, GPT24, FSDP)
+        for clipper in (AUTO, AUTO_PER_PARAM, SKIP):
+            compare(cell, clipper, GLOBAL, "all_reduces", False, 0)
+            look_at(cell, clipper, "other_collectives", 0)
     return targets
 
 
@@ -345,14 +380,14 @@ def main() -> None:
     parser.add_argument("--clippers", nargs="+", help="only those whose name contains one of these")
     parser.add_argument("--devices", nargs="+", choices=DEVICES, default=[V5E, H100])
     parser.add_argument("--quick", action="store_true", help="the smallest model alone")
-    parser.add_argument("--swap", action="store_true", help="return the state first")
+    parser.add_argument("--swap", action="store_true", help="take the state before the parameters")
     arguments = parser.parse_args()
     cells = select_cells(arguments.models, arguments.clippers, arguments.quick)
     if not cells:
         parser.error("no model and clipper has such a name")
-    no_device()
+    compilers = set_up()
     begin = time.perf_counter()
-    print(describe_machine(jax, optax), flush=True)
+    print(describe_machine(jax, optax), compilers, sep="\n", flush=True)
     rows = []
     for (model, count), labels in cells.items():
         for device in arguments.devices:
@@ -366,6 +401,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     figures = {
         "machine": describe_machine(jax, optax),
+        "compilers": compilers,
         "rows": [row._asdict() for row in rows],
         "targets": [{**target._asdict(), "met": target.met} for target in targets],
     }

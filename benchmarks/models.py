@@ -109,7 +109,7 @@ GPT185_STACKED = "GPT 185M, stacked"
 LEAVES300, LEAVES2000, TOY, MLP = "300 leaves", "2000 leaves", "toy", "MLP"
 MODELS: dict[str, Callable[[], Tree]] = {
     TOY: lambda: {"kernel": (3, 3), "bias": (1,)},
-    MLP: lambda: policy(17, 64, 6),
+    MLP: lambda: policy(32, 64, 8),
     GPT24: lambda: gpt(10, 384, 16_000),
     RESNET: resnet50,
     LEAVES300: lambda: transformer_blocks(25, 192),
