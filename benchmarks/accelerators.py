@@ -165,9 +165,9 @@ CLIPPERS: dict[str, Wrap] = {
 FSDP = 4
 CELLS: dict[tuple[str, int], tuple[str, ...]] = {
     (MLP, 1): tuple(CLIPPERS),
-    (GPT24, 1): (NONE, GLOBAL, AUTO),
+    (GPT24, 1): (NONE, AUTO),
     (GPT24, FSDP): (NONE, GLOBAL, AUTO, AUTO_PER_PARAM, SKIP),
-    (RESNET, 1): (NONE, ADAPTIVE, AUTO, AGC),
+    (RESNET, 1): (NONE, AUTO),
     (GPT124, 1): (NONE, AUTO),
     (GPT185, 1): tuple(CLIPPERS),
     (GPT185_STACKED, 1): (NONE, GLOBAL, AUTO, AGC),
