@@ -143,6 +143,12 @@ def test_an_asynchronous_slice_moves_its_own_size():
     assert one.traffic() == 2 * 1024
 
 
+@pytest.mark.parametrize(("target", "moved"), [("ConcatBitcast", 0), ("Sort", 2 * 4096)])
+def test_slices_seen_as_one_array_move_nothing_and_other_custom_calls_do(target, moved):
+    call = f'%out = {MAIN} custom-call(%x), custom_call_target="{target}"'
+    assert program(call).traffic() == moved
+
+
 def test_an_asynchronous_computation_moves_what_the_same_fusion_would():
     start = f"(({MAIN}, s32[]), f32[1,128]{{1,0:S(1)}}, s32[]{{:S(2)}})"
     wrapped = program(
