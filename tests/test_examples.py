@@ -37,3 +37,23 @@ def test_training_on_a_mesh_is_that_on_one_device_and_learns():
     # The clipper counts all steps, also those before the stop.
     np.testing.assert_array_equal(on_mesh[:, -1], steps)
     assert np.all(np.isfinite(on_mesh[1:]))
+
+
+# In a process of its own: the flags of a program are global.
+COVERAGE = """
+import sys
+
+import numpy as np
+
+sys.path.insert(0, sys.argv[1])
+from train_text import margin
+
+pairs = np.random.default_rng(0).normal(size=(4000, 2, 12))
+print(np.mean([abs(old.mean() - new.mean()) <= margin(old) for old, new in pairs]))
+"""
+
+
+def test_19_of_20_means_of_new_runs_fall_into_the_interval_that_the_demo_prints():
+    command = [sys.executable, "-c", COVERAGE, ROOT / "examples"]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    np.testing.assert_allclose(float(printed), 0.95, atol=0.01)
