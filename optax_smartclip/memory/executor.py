@@ -57,14 +57,15 @@ class HeightCompressedExecutor:
         cotangents: Values = {}
         if graph.outputs[0] in active:
             cotangents[graph.outputs[0]] = jnp.ones_like(results[0])
+        grads: list[Any] = []
         for run in reversed(runs):
-            _backward(run, cotangents, results[0])
+            grads = _backward(run, cotangents, [results[0], *grads])
         places = [graph.inputs[index] for index in wanted]
-        grads = [
+        wanted_grads = [
             cotangents[place] if place in cotangents else jnp.zeros_like(inputs[index])
             for place, index in zip(places, wanted, strict=True)
         ]
-        return results, grads
+        return results, wanted_grads
 
 
 class _Part:
@@ -137,11 +138,11 @@ def _forward(part: _Part, reads: Values, before: Values) -> _Run:
     return _Run(part, reads, writes, None)
 
 
-def _backward(run: _Run, cotangents: Values, result: Shaped[Array, ""]) -> None:
+def _backward(run: _Run, cotangents: Values, done: Sequence[Shaped[Array, "..."]]) -> list[Any]:
     part = run.part
     outer = {v: cotangents.pop(v) for v in part.active_writes if v in cotangents}
     if not outer or not part.active_reads:
-        return
+        return []
     before = {v: cotangents[v] for v in part.active_reads if v in cotangents}
     if run.pullback is not None:
         filled = [
@@ -149,12 +150,17 @@ def _backward(run: _Run, cotangents: Values, result: Shaped[Array, ""]) -> None:
         ]
         sums = _add(part.active_reads, run.pullback(filled), before)
     else:
-        sums = _recompute(part, run.reads, outer, before, result)
+        sums = _recompute(part, run.reads, outer, before, done)
     cotangents.update(zip(part.active_reads, sums, strict=True))
+    return sums
 
 
 def _recompute(
-    part: _Part, reads: Values, outer: Values, before: Values, result: Shaped[Array, ""]
+    part: _Part,
+    reads: Values,
+    outer: Values,
+    before: Values,
+    done: Sequence[Shaped[Array, "..."]],
 ) -> list[Any]:
     arguments = set(part.graph.inputs).intersection(reads)
     # A selection of an argument would be a copy of it.
@@ -173,10 +179,12 @@ def _recompute(
 
     return list(
         run_after(
-            [result, *outer.values()],
+            [done[0], *outer.values()],
             backward,
             late,
             (outer, before),
+            # Or XLA puts off the gradients of weights, and what they are computed from lives on.
+            finished=done[1:],
             never=never,
             convolves=part.convolves,
         )

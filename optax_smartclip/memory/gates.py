@@ -1,14 +1,15 @@
-"""Runs a part of a program not before other values are known.
+"""Delays part of a program until given values are available.
 
-This is what recomputation stands on: XLA may otherwise compute a block anew long before its turn,
-or find that it was computed before and keep it. `jax.checkpoint` puts an optimization barrier
-there, which XLA drops on a CPU, and no memory is saved.
+Recomputation depends on this: XLA may otherwise compute a block again long before its turn, or find
+that it was computed before and keep it. `jax.checkpoint` puts an optimization barrier there, which
+XLA drops on a CPU, and no memory is saved.
 
 So on a CPU the part is a branch of a conditional, whose condition reads the values to wait for. It
 is always true, but no compiler knows. XLA on a CPU runs convolutions in a branch many times
 slower: a part with one gets its inputs by a selection on the same condition instead. On other
 platforms, where a conditional costs a round trip to the host, a barrier holds the inputs and the
-values to wait for together.
+values to wait for together. The program contains both until it is lowered for a platform, which
+need not be the one on which it is traced.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ def run_after(
     late: Tree,
     other: Tree,
     *,
+    finished: Sequence[Shaped[Array, "..."]] = (),
     never: Callable[[Tree, Tree], Tree],
     convolves: bool = False,
 ) -> Tree:
@@ -38,19 +40,54 @@ def run_after(
         part: What to run: a function of two trees of arrays.
         late: Its inputs that may be known long before.
         other: Its other inputs.
+        finished: What a barrier waits for as well: results of an earlier part, which a conditional
+            has all at once and a barrier one by one.
         never: Returns any values of the types that `part` returns; a branch that is not taken.
         convolves: Whether `part` contains convolutions.
     """
-    if jax.default_backend() != "cpu":
-        (late, other), _ = jax.lax.optimization_barrier(((late, other), list(known)))
-        return part(late, other)
-    ready = _opaque_true(known)
-    if convolves:
-        zeros = jax.tree.map(lambda x: jax.lax.full_like(x, 0), late)
-        return part(
-            jax.tree.map(lambda x, zero: jax.lax.select(ready, x, zero), late, zeros), other
-        )
-    return jax.lax.cond(ready, part, never, late, other)
+    # Both ways trace the part, and the second time finds it in the cache.
+    part = jax.jit(part, inline=True)
+
+    def behind_a_barrier(
+        known: Sequence[Any], finished: Sequence[Any], late: Tree, other: Tree
+    ) -> Tree:
+        return part(*_hold((late, other), [*known, *finished]))
+
+    def behind_a_condition(known: Sequence[Any], _: Sequence[Any], late: Tree, other: Tree) -> Tree:
+        ready = _opaque_true(known)
+        if convolves:
+            zeros = jax.tree.map(lambda x: jax.lax.full_like(x, 0), late)
+            late = jax.tree.map(lambda x, zero: jax.lax.select(ready, x, zero), late, zeros)
+            return part(late, other)
+        return jax.lax.cond(ready, part, never, late, other)
+
+    return jax.lax.platform_dependent(
+        list(known),
+        list(finished),
+        late,
+        other,
+        cpu=behind_a_condition,
+        default=behind_a_barrier,
+    )
+
+
+def _hold(values: Tree, known: Sequence[Any]) -> Tree:
+    # A barrier gives all that it holds one type under shard_map: a weight that is the same on all
+    # devices would come out as one that is not. Each type has a barrier of its own.
+    leaves, treedef = jax.tree.flatten(values)
+    for kind in dict.fromkeys(map(_manual_type, leaves)):
+        places = [i for i, leaf in enumerate(leaves) if _manual_type(leaf) == kind]
+        same = [value for value in known if _manual_type(value) == kind]
+        held, _ = jax.lax.optimization_barrier(([leaves[i] for i in places], same))
+        for i, value in zip(places, held, strict=True):
+            leaves[i] = value
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _manual_type(value: Any) -> Any:
+    # Over which axes of a shard_map it varies; the name depends on the version of JAX.
+    aval = jax.typeof(value)
+    return getattr(aval, "mat", None) or getattr(aval, "vma", None)
 
 
 def _opaque_true(values: Sequence[Shaped[Array, "..."]]) -> Bool[Array, ""]:

@@ -1,0 +1,104 @@
+"""A program waits in the way of the platform that it is compiled for, wherever it was traced."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from programs import W, X, assert_same, chain
+
+from optax_smartclip.memory import height_compressed_grad
+
+BARRIER, CONDITIONAL = "stablehlo.optimization_barrier", "stablehlo.case"
+
+
+def layered(ws, x):
+    # Three equations for each layer.
+    for w in ws:
+        x = jnp.tanh(x @ w) + x
+    return jnp.mean(x**2)
+
+
+def lowered_for(platform, gradient, *args):
+    lowered = jax.jit(gradient).trace(*args).lower(lowering_platforms=(platform,))
+    return lowered.compiler_ir("stablehlo").operation
+
+
+def operations(root, name):
+    """All operations of this name in an MLIR operation."""
+    for region in root.regions:
+        for block in region.blocks:
+            for each in block.operations:
+                if each.operation.name == name:
+                    yield each.operation
+                yield from operations(each.operation, name)
+
+
+def conditionals(root):
+    """Conditionals on a value: JAX writes others, on the platform, whose outcome is constant."""
+    for case in operations(root, CONDITIONAL):
+        if len(case.regions) > 1 and case.operands[0].owner.name != "stablehlo.constant":
+            yield case
+
+
+@pytest.mark.parametrize(
+    ("platform", "barriers", "branches"), [("cpu", 0, 6), ("tpu", 6, 0), ("cuda", 6, 0)]
+)
+def test_blocks_wait_as_the_platform_does_that_they_are_lowered_for(platform, barriers, branches):
+    compressed = height_compressed_grad(chain, 3)
+    module = lowered_for(platform, compressed, W, X)
+    assert compressed.last_executor.checkpoint_plan.meta["num_recomputed"] == 6
+    assert len(list(operations(module, BARRIER))) == barriers
+    assert len(list(conditionals(module))) == branches
+
+
+def test_a_barrier_waits_for_the_gradients_of_the_weights_of_the_block_before():
+    ws = [W] * 6
+    module = lowered_for("tpu", height_compressed_grad(layered, 3), ws, X)
+    main = next(
+        f for f in operations(module, "func.func") if "main" in str(f.attributes["sym_name"])
+    )
+    (returned,) = operations(main, "func.return")
+    waited = [any(use.owner.name == BARRIER for use in grad.uses) for grad in returned.operands]
+    # Nothing comes after the first layer.
+    assert waited == [False, *[True] * 5]
+
+
+@pytest.fixture
+def barriers(monkeypatch):
+    """The way of other platforms, on the CPU."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+
+
+@pytest.mark.usefixtures("barriers")
+@pytest.mark.parametrize("program", [chain, layered])
+def test_barriers_leave_the_gradient_as_it_is(program):
+    w = W if program is chain else [W, 2 * W, -W]
+    compressed = height_compressed_grad(program, 3, argnums=(0, 1))
+    expected = jax.grad(program, (0, 1))(w, X)
+    assert_same(compressed(w, X), expected)
+    of_batch = jax.vmap(compressed, (None, 0))(w, np.stack([X, X]))
+    assert_same(jax.tree.map(lambda leaf: leaf[1], of_batch), expected)
+
+
+@pytest.mark.usefixtures("barriers")
+def test_barriers_leave_second_derivatives_as_they_are():
+    def of(gradient):
+        return jax.grad(lambda w: jnp.sum(jnp.sin(gradient(w, X))))(W)
+
+    assert_same(of(height_compressed_grad(chain, 3)), of(jax.grad(chain)))
+
+
+@pytest.mark.usefixtures("barriers")
+def test_barriers_keep_apart_what_varies_over_the_devices_of_a_shard_map():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    compressed = height_compressed_grad(chain, 3)
+    mean = jax.shard_map(
+        lambda w, x: jax.lax.pmean(compressed(w, x), "data"),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec("data")),
+        out_specs=PartitionSpec(),
+    )
+    gradient = jax.block_until_ready(jax.jit(mean)(W, np.concatenate([X, 2 * X])))
+    assert_same(gradient, sum(jax.grad(chain)(W, x) for x in (X, 2 * X)))
+    assert compressed.last_executor is not None
