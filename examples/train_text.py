@@ -145,8 +145,8 @@ class Record(NamedTuple):
     Attributes:
         loss: Bits per character on the batch.
         grad_norm: The global norm, before clipping.
-        threshold: That of the clipper; for agc(), of the unit furthest over it.
-        clipped: Whether anything was.
+        threshold: That of the clipper; for agc(), 1, as its units have one each.
+        clipped: Whether the gradient was; for agc(), the share of units that were.
     """
 
     loss: Any

@@ -45,7 +45,7 @@ TARGET = 0.9
 MODULES = {
     "histories": "geometric_quantile log_histogram moments ranks ring_buffer",
     "clippers": "adagc agc autoclip skip_spikes zclip zscore_clip",
-    "engine": "checks graft groups metrics norms rule scaling states trees",
+    "engine": "checks graft groups metrics norms partitions rule scaling states trees",
 }
 PATHS = {name: f"{folder}/{name}.py" for folder in MODULES for name in MODULES[folder].split()}
 OTHER_TESTS = {"trees": ["engine/test_groups.py", "engine/test_rule.py"]}
