@@ -112,24 +112,20 @@ class Units(Partition):
 
 
 def sum_together(terms: Terms, axes: tuple[int, ...] | None) -> tuple[Array, ...]:
-    """Sums each of several arrays of one shape in one reading of what they are computed from.
+    """Sums each of several arrays of one shape.
+
+    XLA's compilers for GPUs and TPUs fuse the sums into one reading of what the arrays are computed
+    from. (One reduction of all of them would be split over devices by gathering partial sums.)
 
     Args:
-        terms: Arrays of one shape and dtype.
+        terms: Arrays of one shape.
         axes: The axes to sum over, which are kept with size 1; None for the sum of all elements.
 
     Returns:
         The sums. Dropping the axes and broadcasting later would lose the sharding of an array on
         a mesh with explicit axes.
     """
-    if len(terms) == 1:
-        return (jnp.sum(terms[0], axis=axes, keepdims=axes is not None),)
-    zeros = tuple(jnp.zeros((), term.dtype) for term in terms)
-    over = tuple(range(terms[0].ndim)) if axes is None else axes
-    sums = jax.lax.reduce(
-        terms, zeros, lambda x, y: tuple(a + b for a, b in zip(x, y, strict=True)), over
-    )
-    return tuple(sums if axes is None else (jnp.expand_dims(each, axes) for each in sums))
+    return tuple(jnp.sum(term, axis=axes, keepdims=axes is not None) for term in terms)
 
 
 def _add_by_pairs(terms: list[Float[Array, ""]]) -> Float[Array, ""]:
