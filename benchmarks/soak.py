@@ -209,9 +209,9 @@ CLIPPERS = {
         AVERAGES,
         num_groups=3,
     ),
-    # It does not care for norms whose squares underflow, as its thresholds are far above.
-    "agc()": Clipper(
-        smartclip.agc(), lambda norms: np.full(norms.shape, 0.01 * WEIGHT), smallest=1e-18
+    # Of units, it reports no norms.
+    "agc(per_param)": Clipper(
+        smartclip.agc(scope="per_param"), lambda norms: np.full(norms.shape, 0.01 * WEIGHT)
     ),
     "skip_spikes(identity)": Clipper(
         smartclip.skip_spikes(optax.identity()), of_window(outlier, 128, before=True)

@@ -154,12 +154,16 @@ def check_step(name, grads, weights, updates, before, after):
     # Whether the sum at the very end of float32 is still finite depends on rounding.
     hypothesis.assume(not np.any(np.abs(norms / FLOAT32_MAX - 1) < 1e-4))
     norms = np.where(norms > FLOAT32_MAX, np.inf, norms)
+    if scope == "unit" and not any(grad.dtype == np.float64 for grad in jax.tree.leaves(grads)):
+        # A unit whose square overflows counts as not finite.
+        hypothesis.assume(not np.any(np.abs(norms / np.sqrt(FLOAT32_MAX) - 1) < 1e-4))
+        norms = np.where(norms > np.sqrt(FLOAT32_MAX), np.inf, norms)
     finite = np.isfinite(norms)
     last, previous = (jax.tree.map(np.atleast_1d, state.last) for state in (after, before))
     if name in WEIGHT_BASED:
         thresholds = [0.01 * max(reference.norm(group), 1e-3) for group in weight_groups]
     if scope == "unit":
-        # The record is that of the unit with the largest ratio.
+        # The record sums up all units.
         ratios = np.where(finite, norms / thresholds, np.inf)
         assert np.isfinite(last.grad_norm[0]) == finite.all()
         if finite.all():
@@ -183,7 +187,9 @@ def check_step(name, grads, weights, updates, before, after):
         check_group(group, clipped_group, norm, threshold)
 
     clipped = finite & (last.grad_norm > last.clip_threshold)
-    np.testing.assert_array_equal(last.clipped, clipped)
+    # Of units, it is a share; next to one that is not finite, others may be clipped.
+    if scope != "unit" or finite.all():
+        np.testing.assert_array_equal(last.clipped > 0, clipped)
     assert np.all((last.clip_scale >= 0) & (last.clip_scale <= 1))
     np.testing.assert_array_equal(last.clip_scale == 1, finite & ~clipped)
     np.testing.assert_array_equal(last.num_steps, previous.num_steps + 1)

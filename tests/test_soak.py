@@ -204,12 +204,12 @@ def run_main(monkeypatch, capsys, *arguments):
 
 
 def test_the_table_has_a_row_for_each_clipper_that_is_asked_for(monkeypatch, capsys):
-    code, lines = run_main(monkeypatch, capsys, f"--steps={STEPS}", "--clippers", "zscore", "agc()")
+    code, lines = run_main(monkeypatch, capsys, f"--steps={STEPS}", "--clippers", "zscore", "agc(p")
     assert code == 0
     assert lines[0].startswith("Python 3")
     assert jax.__version__ in lines[0]
     rows = [line.split() for line in lines[2:-1]]
-    assert [row[0] for row in rows] == ["zscore_clip()", "adagc()", "agc()"]
+    assert [row[0] for row in rows] == ["zscore_clip()", "agc(per_param)"]
     assert all(row[1] == f"{STEPS:,}" and row[-2] == "exact" for row in rows)
     assert lines[-1].startswith("All is well")
 

@@ -89,10 +89,10 @@ class AgcByHand:
             norms, weights = (np.linalg.norm(np.float64(x), axis=0) for x in (grad, params[name]))
             limits = 0.1 * np.maximum(weights, 1e-3)
             clipped[name] = np.float32(grad * np.minimum(1, limits / norms))
-            units += zip(np.ravel(norms), np.ravel(limits), strict=True)
-        norm, limit = max(units, key=lambda unit: unit[0] / unit[1])
-        self.num_clipped += norm > limit
-        return clipped, np.array([norm, limit, norm > limit, self.num_clipped])
+            units += list(np.ravel(norms / limits))
+        self.num_clipped += max(units) > 1
+        share = np.mean(np.array(units) > 1)
+        return clipped, np.array([max(1, *units), 1, share, self.num_clipped])
 
 
 def layer_of(name):

@@ -102,7 +102,8 @@ def check_jit(name, mode):
     # The stream is one that clips, and that has something to rescue.
     counts = jax.tree.map(np.max, (state.last.num_clipped, state.last.num_nonfinite))
     assert counts[0] >= 2
-    assert counts[1] == 1
+    # What is to be rescued counts as not finite in units.
+    assert counts[1] == (2 if name == "agc" else 1)
 
 
 @every_clipper
@@ -503,12 +504,12 @@ def test_one_all_reduce_for_all_groups_and_nothing_is_gathered(tx, mode, numbers
 
 
 def test_units_that_are_whole_on_a_device_need_all_reduces_of_single_numbers_for_the_record():
-    # Whether a second reading is needed, and the unit that is furthest over its threshold.
+    # The smallest scale, and how many units were clipped.
     program = compile_update(smartclip.agc(), layers(6), P(None, "x"))
     reduced = all_reduced(program)
     assert {shape for shapes in reduced for shape in shapes} == {""}
-    assert num_elements(reduced) == 4 * 6
-    assert len(reduced) <= 6 + 3 or not combines
+    assert num_elements(reduced) == 2 * 6
+    assert len(reduced) <= 2 or not combines
     assert num_gathers(program) == 0
 
 

@@ -102,7 +102,9 @@ def test_a_donated_step_clips_the_spike_and_keeps_nothing_of_what_it_was_given(n
     records = [state[0].last for _, state in ordinary(name)]
     assert np.all(records[SPIKE].clipped)
     assert np.all(records[INF].num_nonfinite == 1)
-    assert not np.any(records[ZERO].clipped | records[INF].clipped | records[0].clipped)
+    # Next to a unit that is not finite, others may be clipped.
+    quiet = (ZERO, 0) if name == "agc" else (ZERO, INF, 0)
+    assert not any(np.any(records[step].clipped) for step in quiet)
 
 
 @pytest.mark.parametrize(
