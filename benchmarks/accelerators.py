@@ -57,6 +57,7 @@ from contenders import (
     ZSCORE,
     Wrap,
     before,
+    is_chosen,
 )
 from contenders import CLIPPERS as CONTENDERS
 from jax.experimental import topologies
@@ -358,14 +359,10 @@ def select_cells(
     models: list[str] | None, clippers: list[str] | None, quick: bool
 ) -> dict[tuple[str, int], tuple[str, ...]]:
     """What the options leave of the table: names that contain one of the given words."""
-
-    def chosen(words: list[str] | None, name: str) -> bool:
-        return words is None or any(word.lower() in name.lower() for word in words)
-
     cells = {}
     for (model, count), labels in (QUICK if quick else CELLS).items():
-        left = tuple(label for label in labels if chosen(clippers, label))
-        if chosen(models, model if count == 1 else f"{model}, FSDP") and left:
+        left = tuple(label for label in labels if is_chosen(label, clippers))
+        if is_chosen(model if count == 1 else f"{model}, FSDP", models) and left:
             cells[model, count] = left
     return cells
 

@@ -66,6 +66,7 @@ from contenders import (
     WINDOW65536,
     Wrap,
     before,
+    is_chosen,
 )
 from contenders import CLIPPERS as CONTENDERS
 from machine import describe_machine
@@ -515,14 +516,10 @@ def select_cells(
     models: list[str] | None, clippers: list[str] | None, quick: bool
 ) -> dict[tuple[str, str], tuple[str, ...]]:
     """What the options leave of the table: names that contain one of the given words."""
-
-    def chosen(words: list[str] | None, name: str) -> bool:
-        return words is None or any(word.lower() in name.lower() for word in words)
-
     cells = {}
     for (model, optimizer), labels in (QUICK if quick else CELLS).items():
-        left = tuple(label for label in labels if label == NONE or chosen(clippers, label))
-        if chosen(models, model) and (clippers is None or set(left) - {NONE}):
+        left = tuple(label for label in labels if label == NONE or is_chosen(label, clippers))
+        if is_chosen(model, models) and (clippers is None or set(left) - {NONE}):
             cells[model, optimizer] = left
     return cells
 

@@ -51,3 +51,8 @@ OPTIMIZERS = {
     SGD: lambda: optax.sgd(1e-3),
     ALONE: optax.identity,
 }
+
+
+def is_chosen(name: str, words: list[str] | None) -> bool:
+    """Whether a name in a table contains one of the words of an option; all do without words."""
+    return words is None or any(word.lower() in name.lower() for word in words)

@@ -33,7 +33,7 @@ from optax_smartclip.engine.norms import (
     is_inexact,
     norms_in_range,
 )
-from optax_smartclip.engine.partitions import Leaves, Partition, Units
+from optax_smartclip.engine.partitions import Partition, Units
 from optax_smartclip.engine.rule import check_num_groups, clippable_leaves
 from optax_smartclip.engine.scaling import limit_threshold, scale_arrays, signed_scale
 from optax_smartclip.engine.states import ClipState, init_state, register_with_flax
@@ -161,11 +161,12 @@ def agc(
             axes = (reduced_axes(path, x.shape, unit_axes, split) for path, x in leaves.items())
             partition: Partition = Units(tuple(axes))
         else:
-            numbers = tuple(groups.number[path] for path in leaves)
-            partition = Leaves(numbers, len(groups.labels))
+            partition = groups.partition(leaves)
         weight_norms = norms_in_range(
             [jnp.asarray(weights[path]) for path in leaves], partition, axis_name=axis_name
         )
+        # Units have no scaled sums, which would cost more than all the rest. A norm too small for a
+        # plain sum is below every threshold, and one too large counts as not finite.
         norms = (norms_in_range if by_units else group_norms)(
             arrays, partition, axis_name=axis_name
         )

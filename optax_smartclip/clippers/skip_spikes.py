@@ -27,7 +27,7 @@ from optax_smartclip.engine.norms import (
     is_inexact,
     known_norm,
 )
-from optax_smartclip.engine.partitions import Leaves
+from optax_smartclip.engine.partitions import one_group
 from optax_smartclip.engine.scaling import has_reached
 from optax_smartclip.engine.states import register_with_flax, select_groups, state
 from optax_smartclip.engine.trees import PyTree
@@ -250,7 +250,7 @@ def _arrays(updates: PyTree) -> list[Array]:
 
 def _norm(updates: PyTree, axis_name: AxisName) -> Float32[Array, ""]:
     arrays = _arrays(updates)
-    norms: Norms = group_norms(arrays, Leaves((0,) * len(arrays), 1), axis_name=axis_name)
+    norms: Norms = group_norms(arrays, one_group(len(arrays)), axis_name=axis_name)
     return norms[0]
 
 

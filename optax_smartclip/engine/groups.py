@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
 
 from optax_smartclip.engine import checks
+from optax_smartclip.engine.partitions import Leaves
 from optax_smartclip.engine.trees import KeyPath, PyTree, flatten, is_path, path_name
 
 Scope = str | Callable[[KeyPath], Hashable] | PyTree
@@ -33,6 +34,10 @@ class Groups(NamedTuple):
 
     labels: tuple[str, ...]
     number: dict[KeyPath, int]
+
+    def partition(self, paths: Iterable[KeyPath]) -> Leaves:
+        """The partition of a list of leaves, given by their key paths."""
+        return Leaves(tuple(self.number[path] for path in paths), len(self.labels))
 
 
 def check_scope(scope: Scope, choices: tuple[str, ...] = SCOPES) -> None:

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Inexact
 
-from optax_smartclip.engine.partitions import GroupValues, Leaves, Partition
+from optax_smartclip.engine.partitions import GroupValues, Partition, one_group
 
 AxisName = str | Sequence[str] | None
 Norms = Float32[Array, " groups"]
@@ -66,7 +66,7 @@ class _KnownNorm:
 
     def is_norm_of(self, arrays: list[Array], partition: Partition, axis_name: AxisName) -> bool:
         return (
-            partition == Leaves((0,) * len(self.arrays), 1)
+            partition == one_group(len(self.arrays))
             and axis_name == self.axis_name
             and all(one is other for one, other in zip(arrays, self.arrays, strict=True))
         )

@@ -79,6 +79,11 @@ class Leaves(Partition):
         return [scalars[group] for group in self.group]
 
 
+def one_group(num_arrays: int) -> Leaves:
+    """All arrays are one group."""
+    return Leaves((0,) * num_arrays, 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Units(Partition):
     """Groups within arrays, each of which is summed over some of its axes.

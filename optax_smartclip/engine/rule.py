@@ -22,7 +22,6 @@ from optax_smartclip.engine.norms import (
     group_norms,
     is_inexact,
 )
-from optax_smartclip.engine.partitions import Leaves
 from optax_smartclip.engine.scaling import limit_threshold, scale_arrays, signed_scale
 from optax_smartclip.engine.states import ClipState, init_state, register_with_flax, select_groups
 from optax_smartclip.engine.trees import KeyPath, PyTree, flatten, path_name, replace_leaves
@@ -146,7 +145,7 @@ def clip_by_rule(
         check_num_groups(state, num_groups)
         leaves = clippable_leaves(updates, groups)
         arrays = list(leaves.values())
-        partition = Leaves(tuple(groups.number[path] for path in leaves), num_groups)
+        partition = groups.partition(leaves)
         if grad_norm is None:
             norms = group_norms(arrays, partition, axis_name=axis_name)
         else:

@@ -18,7 +18,6 @@ from optax_smartclip.clippers.zscore_clip import zscore_rule
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.groups import assign_groups
 from optax_smartclip.engine.norms import LARGEST, Norms, as_float32, group_norms
-from optax_smartclip.engine.partitions import Leaves
 from optax_smartclip.engine.rule import RuleState, ThresholdRule, clip_by_rule
 from optax_smartclip.engine.states import ClipState
 from optax_smartclip.engine.trees import PyTree, flatten
@@ -300,8 +299,7 @@ class AGC(StatefulClipper):
     ) -> dict[str, Array]:
         clipped = flatten(grads)
         weights = {path: leaf for path, leaf in flatten(params).items() if path in clipped}
-        number = assign_groups(self.scope, params).number
-        partition = Leaves(tuple(number[path] for path in weights), norms.size)
+        partition = assign_groups(self.scope, params).partition(weights)
         weight_norms = group_norms([jnp.asarray(leaf) for leaf in weights.values()], partition)
         least = as_float32(self._min_weight_norm)
         target = as_float32(self._arguments["clipping"]) * jnp.maximum(weight_norms, least)
