@@ -70,7 +70,19 @@ from contenders import (
 )
 from contenders import CLIPPERS as CONTENDERS
 from machine import describe_machine
-from models import GPT24, GPT124, LEAVES300, LEAVES2000, MODELS, RESNET, TOY, is_shape
+from models import (
+    GPT24,
+    GPT124,
+    LAYERS32,
+    LEAVES300,
+    LEAVES2000,
+    MODELS,
+    RESNET,
+    STACK4,
+    STACK128,
+    TOY,
+    is_shape,
+)
 from program_text import temporary_bytes, usual_bytes, xla_bytes
 from smartclip.backends.jax import apply_grads as apply_grads_011
 from targets import Target, format_targets
@@ -131,17 +143,8 @@ def least() -> optax.GradientTransformation:
 
 def agc_without_report() -> Wrap:
     """`agc()` without what its metrics say of the units."""
-    whole = smartclip.agc()
-
-    def no_summary(scales: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-        del scales
-        return jnp.ones(1), jnp.ones(())
-
-    def update(*args: Any, **kwargs: Any) -> tuple[Tree, Tree]:
-        with mock.patch.object(agc, "summarize_units", no_summary):
-            return whole.update(*args, **kwargs)
-
-    return before(optax.GradientTransformationExtraArgs(whole.init, update))
+    with mock.patch.object(agc, "report_units", lambda previous, *_: previous):
+        return before(smartclip.agc())
 
 
 # The engine alone.
@@ -150,6 +153,7 @@ FIXED = smartclip.ThresholdRule(
 )
 
 LEAST, ENGINE = "min(1, 1 / norm)", "clip_by_rule, fixed"
+PER_LAYER, STACKS = "autoclip(per_layer)", "autoclip(per_layer, stacked)"
 EAGER, FETCHED = "smartclip 0.1.1", "norm on the host"
 CLIPPERS: dict[str, Wrap] = {
     **CONTENDERS,
@@ -158,16 +162,19 @@ CLIPPERS: dict[str, Wrap] = {
     "state of autoclip() alone": state_alone(smartclip.autoclip()),
     "state of window=1024 alone": state_alone(smartclip.autoclip(90.0)),
     "agc(), no report": agc_without_report(),
+    PER_LAYER: before(smartclip.autoclip(scope="per_layer")),
+    STACKS: before(smartclip.autoclip(scope="per_layer", stacked={"layers": 0})),
 }
 ON_THE_HOST = (FETCHED, EAGER)
 LESS_THAN_AGC = ("agc(), no report",)
+ON_SOME_MODELS = (*LESS_THAN_AGC, PER_LAYER, STACKS)
 REFERENCES = {WINDOW65536: WINDOW128} | dict.fromkeys((AGC, *LESS_THAN_AGC), ADAPTIVE)
 
 # What is measured by default: which clippers, on which model, before which optimizer.
 CELLS: dict[tuple[str, str], tuple[str, ...]] = {
-    (TOY, ADAMW): (*(name for name in CLIPPERS if name not in LESS_THAN_AGC), *ON_THE_HOST),
+    (TOY, ADAMW): (*(name for name in CLIPPERS if name not in ON_SOME_MODELS), *ON_THE_HOST),
     (GPT24, ADAMW): (
-        *(name for name in CLIPPERS if "alone" not in name and name not in LESS_THAN_AGC),
+        *(name for name in CLIPPERS if "alone" not in name and name not in ON_SOME_MODELS),
         *ON_THE_HOST,
     ),
     (GPT24, SGD): (NONE, "clip_by_block_rms(1)", AUTO, AGC, *LESS_THAN_AGC),
@@ -176,10 +183,15 @@ CELLS: dict[tuple[str, str], tuple[str, ...]] = {
     (LEAVES300, ADAMW): (NONE, AUTO, PER_PARAM),
     (GPT124, ADAMW): (NONE, AUTO),
     (LEAVES2000, ADAMW): (PER_PARAM,),
+    (LAYERS32, ADAMW): (PER_LAYER,),
+    (STACK128, ADAMW): (AUTO, STACKS),
+    (STACK4, ADAMW): (AUTO, STACKS),
 }
 QUICK = {(TOY, ADAMW): (NONE, AUTO, WINDOW1024), (GPT24, ADAMW): (NONE, AUTO)}
 # Compiled so often; of the others once, because they take long or no target asks for them.
-COMPILATIONS = {(GPT24, ADAMW, label): 3 for label in (GLOBAL, LEAST, ENGINE, AUTO)}
+COMPILATIONS = {(GPT24, ADAMW, label): 3 for label in (GLOBAL, LEAST, ENGINE, AUTO)} | {
+    (model, ADAMW, STACKS): 3 for model in (STACK128, STACK4)
+}
 
 
 # Steps.
@@ -493,6 +505,10 @@ def check_targets(rows: list[Row]) -> list[Target]:
     time_of(1.15, LEAVES300, ADAMW, PER_PARAM)
     time_of(1.25, LEAVES2000, ADAMW, PER_PARAM)
     ratio_of("compile", 1.5, LEAVES2000, ADAMW, PER_PARAM)
+    if {(STACK4, ADAMW, STACKS), (STACK128, ADAMW, STACKS)} <= by_name.keys():
+        few, many = (by_name[model, ADAMW, STACKS].compile for model in (STACK4, STACK128))
+        text = f"{STACKS}, {ADAMW}, {STACK128} / {STACK4}: compile"
+        targets.append(Target(text, 1.2, many / few))
     for model in (GPT24, RESNET):
         time_of(1.05, model, SGD, AGC)
         ratio_of("bytes", 1.0, model, SGD, AGC)

@@ -106,6 +106,7 @@ def is_shape(node: Any) -> bool:
 
 GPT24, GPT124, GPT185, RESNET = "GPT 24M", "GPT-2 124M", "GPT 185M", "ResNet-50"
 GPT185_STACKED = "GPT 185M, stacked"
+LAYERS32, STACK128, STACK4 = "32 layers", "128 layers, stacked", "4 layers, stacked"
 LEAVES300, LEAVES2000, TOY, MLP = "300 leaves", "2000 leaves", "toy", "MLP"
 MODELS: dict[str, Callable[[], Tree]] = {
     TOY: lambda: {"kernel": (3, 3), "bias": (1,)},
@@ -117,4 +118,7 @@ MODELS: dict[str, Callable[[], Tree]] = {
     GPT185: lambda: plain_gpt(12, 1024, 32_768),
     GPT185_STACKED: lambda: stacked(plain_gpt(12, 1024, 32_768)),
     LEAVES2000: lambda: small_matrices(1000),
+    LAYERS32: lambda: transformer_blocks(32, 64),
+    STACK128: lambda: stacked(transformer_blocks(128, 64)),
+    STACK4: lambda: stacked(transformer_blocks(4, 64)),
 }

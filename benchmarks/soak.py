@@ -63,14 +63,14 @@ def each(rule: Callable[[np.ndarray], Any]) -> Reference:
 
 
 def of_window(limit: Callable[[list[float]], float], size: int, before: bool) -> Reference:
-    """What `limit` makes of the last finite norms, sorted: those before each, or with it."""
+    """What `limit` makes of the last norms to learn from, sorted: those before each, or with it."""
 
     def rule(norms: np.ndarray) -> np.ndarray:
         arrived: deque[float] = deque()
         ordered: list[float] = []
         thresholds = [math.inf]
         for norm in norms.tolist():
-            if math.isfinite(norm):
+            if 0 < norm < math.inf:
                 if len(arrived) == size:
                     del ordered[bisect.bisect_left(ordered, arrived.popleft())]
                 arrived.append(norm)
@@ -111,11 +111,14 @@ def of_all(norms: np.ndarray, percent: float, error: float) -> np.ndarray:
     above: list[float] = []
     percentiles = []
     for norm in levels(norms).tolist():
-        if math.isfinite(norm):
+        if 0 < norm < math.inf:
             place = percent / 100 * (len(below) + len(above))
             heapq.heappush(above, -heapq.heappushpop(below, -norm))
             while len(below) < int(place) + 1:
                 heapq.heappush(below, -heapq.heappop(above))
+        if not below:
+            percentiles.append(0.0)
+            continue
         largest = -below[0]
         share = place - int(place)
         percentiles.append(largest + share * (above[0] - largest) if above else largest)
@@ -128,7 +131,7 @@ def of_faded(norms: np.ndarray, percent: float, error: float, decay: float) -> n
     for step in np.linspace(0, len(norms) - 1, 200).astype(int):
         seen = levels(norms[: step + 1])
         # The weight of all norms before these is e ** -15.
-        seen = seen[np.isfinite(seen)][int(-15 / (1 - decay)) :]
+        seen = seen[np.isfinite(seen) & (seen > 0)][int(-15 / (1 - decay)) :]
         # Weights are rounded to float32: the percentile may be that of a little more or less.
         low, high = (reference.fading_percentile(seen, percent + p, decay) for p in (-0.01, 0.01))
         bounds[:, step] = low, (1 + error) * high
@@ -154,7 +157,6 @@ class Clipper(NamedTuple):
         reference: Its thresholds in float64.
         tolerance: By how much of itself a threshold may differ.
         num_groups: How many leaves the gradient has, each of which is a group.
-        records_zeros: Whether its rule counts norms of zero.
         smallest: Norms below it may be reported as zero.
     """
 
@@ -162,14 +164,11 @@ class Clipper(NamedTuple):
     reference: Reference
     tolerance: float = EXACT
     num_groups: int = 1
-    records_zeros: bool = False
     smallest: float = 0.0
 
 
 CLIPPERS = {
-    "autoclip()": Clipper(
-        smartclip.autoclip(), of_window(fence, 112, before=True), records_zeros=True
-    ),
+    "autoclip()": Clipper(smartclip.autoclip(), of_window(fence, 112, before=True)),
     "autoclip(10)": Clipper(
         smartclip.autoclip(10.0), of_window(partial(quantile, fraction=0.1), 1024, before=False)
     ),
@@ -318,7 +317,7 @@ def relative_errors(thresholds: np.ndarray, norms: np.ndarray, expected: np.ndar
     with np.errstate(all="ignore"):
         # Below the smallest normal number, numbers may be flushed to zero.
         errors = (thresholds - nearest) / np.maximum(nearest, TINY)
-    errors[(thresholds == nearest) | ~np.isfinite(norms)] = 0
+    errors[(thresholds == nearest) | ~np.isfinite(norms) | (norms == 0)] = 0
     return np.where(np.isnan(errors), np.inf, errors)
 
 
@@ -326,7 +325,7 @@ def dropped_steps(norms: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     """Which steps are dropped: not finite, or a spike, but never more than 32 of these in a row."""
     dropped = ~np.isfinite(norms)
     in_a_row = 0
-    for place in np.flatnonzero(~dropped):
+    for place in np.flatnonzero(~dropped & (norms > 0)):
         dropped[place] = norms[place] > thresholds[place] and in_a_row < 32
         in_a_row = in_a_row + 1 if dropped[place] else 0
     return dropped
@@ -341,6 +340,7 @@ def check_outputs(clipper: Clipper, norms: np.ndarray, ran: Run) -> list[str]:
     """What is wrong with norms, decisions, updates and counters, given the thresholds."""
     skips = any("num_skipped" in path for path in ran.counts)
     finite = np.isfinite(norms)
+    live = finite & (norms > 0)
     shown = np.where(finite, norms, 0)
     if skips:
         clipped = dropped_steps(norms[:, 0], ran.thresholds[:, 0])[:, None]
@@ -364,8 +364,8 @@ def check_outputs(clipper: Clipper, norms: np.ndarray, ran: Run) -> list[str]:
         "skipped": clipped,
         "nonfinite": ~finite,
         # Of skip_spikes, losses as well; there are none.
-        "observed": np.hstack([finite, np.zeros_like(finite)]) if skips else finite,
-        "recorded": finite & ((norms > 0) | clipper.records_zeros),
+        "observed": np.hstack([live, np.zeros_like(live)]) if skips else live,
+        "recorded": live,
     }
     for path, counts in ran.counts.items():
         wrong[path] = counts != expected[path.rsplit(".num_", 1)[-1]].cumsum(axis=0)

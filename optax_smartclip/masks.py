@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from optax_smartclip.engine.trees import KeyPath, PyTree, flatten, path_name, unwrap_variables
+from optax_smartclip.engine.trees import KeyPath, PyTree, flatten, path_name, unbox
 
 MaskFn = Callable[[PyTree], PyTree]
 
@@ -115,4 +115,4 @@ def is_vector(shape: tuple[int, ...]) -> bool:
 
 
 def _map_leaves(function: Callable[[KeyPath, Any], bool], params: PyTree) -> PyTree:
-    return jax.tree_util.tree_map_with_path(function, unwrap_variables(params))
+    return jax.tree_util.tree_map_with_path(function, unbox(params))

@@ -18,16 +18,15 @@ def norm(tree) -> float:
 
 
 def window(norms, step: int, size: int) -> np.ndarray:
-    """The finite norms among `norms[:step]`, at most the last `size` of them."""
+    """The positive, finite norms among `norms[:step]`, at most the last `size` of them."""
     seen = np.asarray(norms[:step], np.float64)
-    return seen[np.isfinite(seen)][-size:]
+    return seen[np.isfinite(seen) & (seen > 0)][-size:]
 
 
 def percentile_thresholds(norms, percentile: float, size: int) -> np.ndarray:
     """AutoClip: the percentile of the norms up to and including each step's."""
-    return np.array(
-        [np.percentile(window(norms, t + 1, size), percentile) for t in range(len(norms))]
-    )
+    pasts = [window(norms, t + 1, size) for t in range(len(norms))]
+    return np.array([np.percentile(past, percentile) if past.size else np.inf for past in pasts])
 
 
 def fence_thresholds(norms, size: int = 112, warmup_steps: int = 1) -> np.ndarray:
@@ -54,11 +53,9 @@ def zscore_thresholds(
     for value in np.asarray(norms, np.float64):
         std = max(np.sqrt(variance), 0.01 * mean)
         thresholds.append(mean + zmax * std if observed >= warmup_steps and recorded else np.inf)
-        if not np.isfinite(value):
+        if not np.isfinite(value) or value == 0:
             continue
         observed += 1
-        if value == 0:
-            continue
         recorded += 1
         if recorded == 1:
             mean, variance = value, value**2
@@ -117,6 +114,8 @@ def skipped_steps(
     for t in range(len(norms)):
         for kind, stream in enumerate(streams[: 1 if losses is None else 2]):
             past = stream[:t][np.isfinite(stream[:t])]
+            # A norm of zero is not remembered; a loss of zero is.
+            past = past[past > 0] if kind == 0 else past
             if len(past) >= max(warmup_steps, 1):
                 q25, median, q75 = np.percentile(past[-size:], [25, 50, 75])
                 spread = max((q75 - q25) / 1.349, 0.003 * abs(median))
@@ -126,7 +125,8 @@ def skipped_steps(
             skipped[t] = True
             continue
         skipped[t] = (now > thresholds[t]).any() and in_a_row < max_consecutive
-        in_a_row = in_a_row + 1 if skipped[t] else 0
+        if now[0] > 0 or losses is not None:
+            in_a_row = in_a_row + 1 if skipped[t] else 0
     return skipped, thresholds
 
 

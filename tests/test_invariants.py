@@ -195,7 +195,12 @@ def check_step(name, grads, weights, updates, before, after):
     np.testing.assert_array_equal(last.num_steps, previous.num_steps + 1)
     np.testing.assert_array_equal(last.num_clipped, previous.num_clipped + clipped)
     np.testing.assert_array_equal(last.num_nonfinite, previous.num_nonfinite + ~finite)
-    np.testing.assert_array_equal(after.num_observed, last.num_steps - last.num_nonfinite)
+    observed = np.asarray(after.num_observed) - np.asarray(before.num_observed)
+    reported = np.asarray(last.grad_norm)
+    live = np.isfinite(reported) & (reported > 0)
+    # A norm below the normal numbers may be flushed to zero in one place and not in another.
+    assert np.all((observed == live) | (reported < TINY))
+    assert np.all((observed == 0) | (observed == 1))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.rule))
     assert not np.any(np.isnan(last.clip_threshold))
 

@@ -25,6 +25,8 @@ STORED = [
 # Version 0.1.0 reported one unit of `agc`, and whether it was clipped. Nothing depends on it.
 AGC_THEN = {"last/clipped": "bool[]"}
 AGC_REPORTED = ("grad_norm", "clip_threshold", "clip_scale", "clipped")
+# It learnt from a gradient of zero, which stands here in the stream: the steps before are the same.
+ZERO_STEP = {"v0.1.0": 5}
 every_version = pytest.mark.parametrize("version", VERSIONS, ids=lambda version: version.name)
 every_state = pytest.mark.parametrize(("version", "name"), STORED)
 
@@ -71,6 +73,7 @@ def test_a_stored_state_goes_on_as_it_did_when_it_was_stored(version, name):
     data = (version / f"{name}.msgpack").read_bytes()
     state = flax.serialization.from_bytes(target, data)
     _, steps = write.follow(tx, state, params, grads, losses)
+    end = ZERO_STEP.get(version.name)
 
     expected = {key: arrays(stored[key]) for key in ("updates", "metrics")}
     assert jax.tree.structure(steps) == jax.tree.structure(expected)
@@ -80,6 +83,11 @@ def test_a_stored_state_goes_on_as_it_did_when_it_was_stored(version, name):
         actual = steps
         for key in path:
             actual = actual[key.key]
+        actual, wanted = np.asarray(actual)[:end], wanted[:end]
+        if path[-1].key == "clip_threshold":
+            # Of a step without a norm, the threshold is reported and not used.
+            judged = np.isfinite(expected["metrics"]["grad_norm"])[:end]
+            actual, wanted = actual[judged], wanted[judged]
         # Counts and truth values have to be equal; rounding may differ between machines.
         if wanted.dtype == np.float32:
             np.testing.assert_allclose(actual, wanted, rtol=1e-6, err_msg=str(path))

@@ -18,11 +18,13 @@ import optax
 from jaxtyping import Array, Float32, Int32
 
 from optax_smartclip.engine import checks
-from optax_smartclip.engine.groups import Scope
-from optax_smartclip.engine.norms import AxisName, Norms, as_float32, safe_sqrt
+from optax_smartclip.engine.groups import LeafMask, Scope
+from optax_smartclip.engine.meshes import AxisName
+from optax_smartclip.engine.norms import Norms, as_float32, safe_sqrt
 from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
 from optax_smartclip.engine.scaling import has_reached
-from optax_smartclip.engine.states import select_groups, state
+from optax_smartclip.engine.stacks import Stacked
+from optax_smartclip.engine.states import state
 from optax_smartclip.histories.moments import new_weight
 
 
@@ -46,6 +48,8 @@ def adagc(
     absolute_clip: Any = 1.0,
     record_limit: Any = None,
     scope: Scope = "per_param",
+    stacked: Stacked = None,
+    mask: LeafMask = None,
     warmup_steps: Any = 100,
     max_norm: Any = None,
     nonfinite: str = "zero",
@@ -75,6 +79,8 @@ def adagc(
         record_limit: None, or as how many times the average a norm is recorded at most, > 0: what
             is clipped then has no influence on the average.
         scope: Which leaves share one norm; see `clip_by_rule`.
+        stacked: Axes that count layers, each with a norm of its own; see `clip_by_rule`.
+        mask: Which leaves take part; see `clip_by_rule`.
         warmup_steps: How many norms of a group are recorded before its threshold counts.
         max_norm: A ceiling on each group that always holds; see `clip_by_rule`.
         nonfinite: `"zero"` or `"propagate"`, for NaN and Inf norms; see `clip_by_rule`.
@@ -105,6 +111,8 @@ def adagc(
     return clip_by_rule(
         adagc_rule(relative_clip, decay, absolute_clip, record_limit, warmup_steps),
         scope=scope,
+        stacked=stacked,
+        mask=mask,
         max_norm=max_norm,
         nonfinite=nonfinite,
         axis_name=axis_name,
@@ -134,11 +142,10 @@ def adagc_rule(
         smallest = jnp.where(state.num_recorded > 0, jnp.minimum(state.average, clipped), clipped)
         limit = thresholds if record_limit is None else as_float32(record_limit) * state.average
         change = jnp.minimum(norms, limit) - state.average
-        moved = AdaGCState(
+        return AdaGCState(
             average=jnp.where(is_warm(state), state.average + new_weight(decay) * change, smallest),
             num_recorded=optax.safe_increment(state.num_recorded),
         )
-        return select_groups(norms > 0, moved, state)
 
     return ThresholdRule(init, threshold, record)
 

@@ -7,48 +7,47 @@ Brock, De, Smith, Simonyan, `High-Performance Large-Scale Image Recognition With
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Float32
+from jaxtyping import Array
 
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.groups import (
     SCOPES,
     Groups,
+    LeafMask,
     Scope,
     assign_groups,
-    broadcast_prefix,
+    check_known,
     check_scope,
+    covered_paths,
 )
-from optax_smartclip.engine.metrics import increment_where, next_metrics
-from optax_smartclip.engine.norms import (
-    AxisName,
-    Norms,
-    as_float32,
-    group_norms,
-    is_inexact,
-    norms_in_range,
-)
-from optax_smartclip.engine.partitions import Partition, Units
-from optax_smartclip.engine.rule import check_num_groups, clippable_leaves
+from optax_smartclip.engine.meshes import AxisName, vary_as, vary_as_before
+from optax_smartclip.engine.metrics import ClipMetrics, increment_where, next_metrics
+from optax_smartclip.engine.norms import as_float32, group_norms, is_inexact, norms_in_range
+from optax_smartclip.engine.partitions import WHOLE, Stack, Units
+from optax_smartclip.engine.rule import check_num_groups, clippable_leaves, has_gradient
 from optax_smartclip.engine.scaling import limit_threshold, scale_arrays, signed_scale
+from optax_smartclip.engine.stacks import Stacked, check_stacked, find_stacks
 from optax_smartclip.engine.states import ClipState, init_state, register_with_flax
 from optax_smartclip.engine.trees import KeyPath, PyTree, flatten, path_name, replace_leaves
-from optax_smartclip.masks import MaskFn, is_vector
+from optax_smartclip.masks import is_vector
 
 UnitAxes = int | tuple[int, ...] | str | Callable[[KeyPath, tuple[int, ...]], Any] | None
-
-Mask = PyTree | MaskFn
 
 # Where the output features are.
 LAYOUTS = {"flax": -1, "equinox": 0}
 
 # A scale of 0 is reported as this.
 _SMALLEST = float(jnp.finfo(jnp.float32).tiny)
+
+# In place of the scale of a unit without a gradient: larger than any.
+_NO_GRADIENT = 2.0
 
 
 def agc(
@@ -57,7 +56,8 @@ def agc(
     eps: Any = 1e-3,
     scope: Scope = "unit",
     unit_axes: UnitAxes = None,
-    mask: Mask | None = None,
+    stacked: Stacked = None,
+    mask: LeafMask = None,
     warmup_steps: Any = 0,
     max_norm: Any = None,
     nonfinite: str = "zero",
@@ -85,11 +85,12 @@ def agc(
             the first), or a function of a leaf's key path and shape that returns an int or a
             tuple (`()` makes the leaf one unit). None is the rule of `optax.adaptive_grad_clip`,
             which goes by rank: the last axis of matrices and convolutions, the last two of
-            rank 3.
-        mask: Which leaves are clipped, as in `optax.masked`: a tree of bools with the structure
-            of the parameters, a prefix of it, or a function of the parameters that returns one.
-            Where it is False, a leaf is left alone. See `optax_smartclip.masks`.
-        warmup_steps: How many finite norms are observed before clipping starts.
+            rank 3. Of a stacked leaf, these are axes of one slice, and the shape is that of one.
+        stacked: Axes that count layers, each of which has its own units (or groups); see
+            `clip_by_rule`.
+        mask: Which leaves are clipped; see `clip_by_rule`.
+        warmup_steps: How many positive, finite norms are observed before clipping starts; for
+            scope "unit", how many gradients that are not zero.
         max_norm: A ceiling on the norm of every unit (or group) that always holds (norms of units
             under about 5e-10 count as within it).
         nonfinite: `"zero"` or `"propagate"`, for units (or groups) with a NaN or Inf norm; see
@@ -102,7 +103,7 @@ def agc(
         A gradient transformation. With scope "unit", its metrics say how hard and how widely it
         clipped: `clip_scale` is the smallest scale of any unit, `clipped` is the share of units
         that were clipped (float32), and norms are in units of their thresholds: `grad_norm` is
-        the largest, or 1 if none is over, and `clip_threshold` is 1.
+        the largest, 1 if none is over and 0 if all are zero, and `clip_threshold` is 1.
 
     Raises:
         ValueError: If an argument is out of range; from `update`, if `params` is missing.
@@ -125,21 +126,24 @@ def agc(
     checks.check_positive("eps", eps)
     checks.check_shared(warmup_steps, max_norm, nonfinite)
     check_scope(scope, ("unit", *SCOPES))
+    check_stacked(stacked, scope)
     check_unit_axes(unit_axes, scope)
-    by_units = isinstance(scope, str) and scope == "unit"
-    split = axis_name is not None
 
-    def groups_of(params: PyTree) -> Groups:
-        return assign_groups("global" if by_units else scope, params)
+    by_units = isinstance(scope, str) and scope == "unit"
+    report: Callable[..., ClipMetrics] = report_units if by_units else next_metrics
+
+    def groups_of(params: PyTree) -> UnitGroups | Groups:
+        if by_units:
+            return assign_units(params, unit_axes, stacked, mask, split=axis_name is not None)
+        return assign_groups(scope, params, stacked=stacked, mask=mask)
 
     def init_fn(params: PyTree) -> ClipState:
         register_with_flax()
-        covered_paths(mask, params)  # a wrong mask is found before the first step
-        state = init_state(optax.EmptyState(), len(groups_of(params).labels))
-        if not by_units:
-            return state
-        share = jnp.zeros((), jnp.float32)
-        return dataclasses.replace(state, last=state.last._replace(clipped=share))
+        state = init_state(optax.EmptyState(), groups_of(params).num_groups)
+        if by_units:
+            share = jnp.zeros((), jnp.float32)
+            state = dataclasses.replace(state, last=state.last._replace(clipped=share))
+        return vary_as(state, params, axis_name)
 
     def update_fn(
         updates: PyTree, state: ClipState, params: PyTree | None = None, **extra_args: Any
@@ -148,53 +152,72 @@ def agc(
         if params is None:
             raise ValueError("`params` must be passed to `update`: agc compares with the weights.")
         groups = groups_of(params)
-        check_num_groups(state, len(groups.labels))
-        weights = flatten(params)
-        covered = covered_paths(mask, params)
-        leaves = {
-            path: leaf
-            for path, leaf in clippable_leaves(updates, groups).items()
-            if path in covered and is_inexact(weights[path])
-        }
+        check_num_groups(state, groups.num_groups)
+        weights = {path: leaf for path, leaf in flatten(params).items() if is_inexact(leaf)}
+        leaves = clippable_leaves(updates, lambda path: groups.takes_part(path) and path in weights)
         arrays = list(leaves.values())
-        if by_units:
-            axes = (reduced_axes(path, x.shape, unit_axes, split) for path, x in leaves.items())
-            partition: Partition = Units(tuple(axes))
-        else:
-            partition = groups.partition(leaves)
+        partition = groups.partition(leaves)
         weight_norms = norms_in_range(
             [jnp.asarray(weights[path]) for path in leaves], partition, axis_name=axis_name
         )
-        # Units have no scaled sums, which would cost more than all the rest. A norm too small for a
-        # plain sum is below every threshold, and one too large counts as not finite.
-        norms = (norms_in_range if by_units else group_norms)(
-            arrays, partition, axis_name=axis_name
-        )
-        observed = state.num_observed[0] if by_units else state.num_observed
+        norms = group_norms(arrays, partition, axis_name=axis_name)
 
         def limit(weight_norm: Array) -> Array:
             threshold = as_float32(clipping) * jnp.maximum(weight_norm, as_float32(eps))
-            return limit_threshold(threshold, observed, warmup_steps, max_norm)
+            return limit_threshold(threshold, state.num_observed, warmup_steps, max_norm)
 
         limits = jax.tree.map(limit, weight_norms)
         scales = jax.tree.map(signed_scale, norms, limits)
         clipped = scale_arrays(arrays, partition, scales, nonfinite)
-        if by_units:
-            smallest, share = summarize_units(scales)
-            # In units of the threshold.
-            norms = jnp.where(smallest < 0, jnp.inf, 1 / jnp.maximum(smallest, _SMALLEST))
-            last = next_metrics(state.last, norms, jnp.ones_like(norms), smallest, nonfinite)
-            last = last._replace(clipped=share)
-        else:
-            last = next_metrics(state.last, norms, limits, scales, nonfinite)
+        last = report(state.last, norms, limits, scales, nonfinite)
+        live = has_gradient(last.grad_norm).reshape(groups.num_groups)
         next_state = ClipState(
             rule=state.rule,
-            num_observed=increment_where(jnp.isfinite(norms), state.num_observed),
+            num_observed=increment_where(live, state.num_observed),
             last=last,
         )
-        return replace_leaves(updates, dict(zip(leaves, clipped, strict=True))), next_state
+        clipped_updates = replace_leaves(updates, dict(zip(leaves, clipped, strict=True)))
+        return clipped_updates, vary_as_before(next_state, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitGroups:
+    """The units of one tree, of which a state has one record.
+
+    Attributes:
+        axes: The axes of each leaf that takes part over which a unit's norm is taken; None if it
+            is one unit.
+        known: Every leaf of the tree.
+    """
+
+    axes: dict[KeyPath, tuple[int, ...] | None]
+    known: frozenset[KeyPath]
+    num_groups = 1
+
+    def takes_part(self, path: KeyPath) -> bool:
+        """Whether a leaf has units; see `Groups.takes_part`."""
+        check_known(path, self.known)
+        return path in self.axes
+
+    def partition(self, paths: Iterable[KeyPath]) -> Units:
+        """The partition of a list of leaves that take part, given by their key paths."""
+        return Units(tuple(self.axes[path] for path in paths))
+
+
+def assign_units(
+    params: PyTree, unit_axes: UnitAxes, stacked: Stacked, mask: LeafMask, *, split: bool
+) -> UnitGroups:
+    """Divides every leaf that a mask does not leave out into units."""
+    stacks = find_stacks(stacked, params)
+    covered = covered_paths(mask, params, stacks)
+    axes = {
+        path: reduced_axes(path, np.shape(leaf), unit_axes, split, stacks[path])
+        for path, leaf in flatten(params).items()
+        if path in covered and is_inexact(leaf)
+    }
+    return UnitGroups(axes, frozenset(stacks))
 
 
 def check_unit_axes(unit_axes: UnitAxes, scope: Scope) -> None:
@@ -217,16 +240,18 @@ def check_unit_axes(unit_axes: UnitAxes, scope: Scope) -> None:
 
 
 def reduced_axes(
-    path: KeyPath, shape: tuple[int, ...], unit_axes: UnitAxes, split: bool
+    path: KeyPath, shape: tuple[int, ...], unit_axes: UnitAxes, split: bool, stack: Stack = WHOLE
 ) -> tuple[int, ...] | None:
     """The axes of a leaf over which a unit's norm is taken; None if it is one unit.
 
     If the leaf is `split` over devices, what is an axis of size 1 here may be longer in the
-    whole, and only a leaf of rank 1 counts as a vector.
+    whole, and only a leaf of rank 1 counts as a vector. Each slice of a stacked leaf has its own.
 
     Raises:
         ValueError: If `unit_axes` names an axis that the leaf does not have.
     """
+    axes = stack.within if stack.axes else tuple(range(len(shape)))
+    shape = tuple(shape[axis] for axis in axes)
     rank = len(shape)
     if callable(unit_axes):
         kept = unit_axes(path, shape)
@@ -245,33 +270,41 @@ def reduced_axes(
             f"`unit_axes` must name axes of {path_name(path)!r}, which has the shape {shape}, "
             f"got {kept}."
         )
-    units = {axis % rank for axis in kept}
-    return tuple(axis for axis in range(rank) if axis not in units) if units else None
+    units = {axes[axis] for axis in kept}
+    if not units and not stack.axes:
+        return None
+    return tuple(axis for axis in axes if axis not in units)
 
 
-def covered_paths(mask: Mask | None, params: PyTree) -> set[KeyPath]:
-    """The key paths of the leaves that a mask leaves to be clipped.
+def report_units(
+    previous: ClipMetrics,
+    norms: list[Array],
+    limits: list[Array],
+    scales: list[Array],
+    nonfinite: str,
+) -> ClipMetrics:
+    """The metrics of a step with these units: the smallest scale, and the share below 1.
 
-    Raises:
-        ValueError: If the mask has nothing for a leaf.
+    A unit with a norm that is NaN or Inf has a negative scale, and does not count as clipped.
     """
-    paths = flatten(params)
-    if mask is None:
-        return set(paths)
-    flags = flatten(mask(params) if callable(mask) else mask)
-    return {path for path, flag in broadcast_prefix("mask", flags, paths).items() if flag}
-
-
-def summarize_units(scales: list[Array]) -> tuple[Norms, Float32[Array, ""]]:
-    """The smallest signed scale of all units, and the share of them with a scale below 1.
-
-    It is negative if a norm is NaN or Inf; such a unit does not count as clipped.
-    """
+    del limits
     if not scales:
-        return jnp.ones(1, jnp.float32), jnp.zeros((), jnp.float32)
+        norms, scales = [jnp.zeros(0)], [jnp.ones(0)]
     # Two reductions of each leaf's units, which may be sharded along several axes, and one of the
     # scalars that come out. A single one over all units would have to gather them.
-    smallest = jnp.stack([jnp.min(scale, initial=1.0) for scale in scales])
+    smallest = jnp.min(
+        jnp.stack(
+            [
+                jnp.min(jnp.where(norm == 0, _NO_GRADIENT, scale), initial=_NO_GRADIENT)
+                for norm, scale in zip(norms, scales, strict=True)
+            ]
+        )
+    )[None]
     clipped = jnp.stack([jnp.sum(as_float32((scale >= 0) & (scale < 1))) for scale in scales])
+    # In units of the threshold.
+    largest = jnp.where(smallest < _NO_GRADIENT, 1 / jnp.maximum(smallest, _SMALLEST), 0.0)
+    norm = jnp.where(smallest < 0, jnp.inf, largest)
+    smallest = jnp.minimum(smallest, 1.0)
+    record = next_metrics(previous, norm, jnp.ones_like(norm), smallest, nonfinite)
     num_units = sum(scale.size for scale in scales)
-    return jnp.min(smallest)[None], jnp.sum(clipped) / max(num_units, 1)
+    return record._replace(clipped=jnp.sum(clipped) / max(num_units, 1))

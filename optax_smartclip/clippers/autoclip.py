@@ -15,9 +15,11 @@ import optax
 from jaxtyping import Array, Int32
 
 from optax_smartclip.engine import checks
-from optax_smartclip.engine.groups import Scope
-from optax_smartclip.engine.norms import AxisName, Norms
+from optax_smartclip.engine.groups import LeafMask, Scope
+from optax_smartclip.engine.meshes import AxisName
+from optax_smartclip.engine.norms import Norms
 from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
+from optax_smartclip.engine.stacks import Stacked
 from optax_smartclip.engine.states import state
 from optax_smartclip.histories.history import HistoryState, NormHistory, Percentile
 from optax_smartclip.histories.ring_buffer import ring_buffer
@@ -58,6 +60,8 @@ def autoclip(
     *,
     history: NormHistory | None = None,
     scope: Scope = "global",
+    stacked: Stacked = None,
+    mask: LeafMask = None,
     warmup_steps: Any = None,
     max_norm: Any = None,
     nonfinite: str = "zero",
@@ -78,7 +82,7 @@ def autoclip(
     recommendation, scales down 90 % of all steps.
 
     In both modes the raw norm is what is recorded, clipped or not, so that a lasting change is
-    learnt; NaN and Inf never are.
+    learnt; zero, NaN and Inf never are. (The paper's code records zeros.)
 
     Args:
         percentile: In [0, 100], or None for the auto mode.
@@ -86,6 +90,8 @@ def autoclip(
             with a percentile, `geometric_quantile(rate)`. By default `ring_buffer(112)` in auto
             mode and `ring_buffer(1024)` with a percentile.
         scope: Which leaves share one norm; see `clip_by_rule`.
+        stacked: Axes that count layers, each with a norm of its own; see `clip_by_rule`.
+        mask: Which leaves take part; see `clip_by_rule`.
         warmup_steps: How many finite norms are observed before clipping starts. By default 1 in
             auto mode and 0 with a percentile.
         max_norm: A ceiling that always holds, in warm-up too; see `clip_by_rule`.
@@ -125,6 +131,8 @@ def autoclip(
     return clip_by_rule(
         rule,
         scope=scope,
+        stacked=stacked,
+        mask=mask,
         warmup_steps=warmup_steps,
         max_norm=max_norm,
         nonfinite=nonfinite,
@@ -168,7 +176,7 @@ def fence_rule(history: NormHistory) -> ThresholdRule:
         fence = q75 + _FENCE * (q75 - q25)
         early = state.num_recorded < _FENCE_MIN_NORMS
         limit = jnp.where(early, _EARLY_FACTOR * median, fence)
-        # A group whose gradient was zero so far has shown no scale that it could exceed.
+        # States of version 0.1.0 may have zeros recorded, which show no scale to exceed.
         return jnp.where(limit > 0, limit, jnp.inf)
 
     def record(state: FenceState, norms: Norms, thresholds: Norms) -> FenceState:

@@ -18,16 +18,12 @@ import optax
 from jaxtyping import Array, Bool, Float32, Int32
 
 from optax_smartclip.engine import checks
+from optax_smartclip.engine.groups import LeafMask, assign_groups
+from optax_smartclip.engine.meshes import AxisName, vary_as, vary_as_before
 from optax_smartclip.engine.metrics import SkipMetrics, increment_where
-from optax_smartclip.engine.norms import (
-    AxisName,
-    Norms,
-    as_float32,
-    group_norms,
-    is_inexact,
-    known_norm,
-)
+from optax_smartclip.engine.norms import as_float32, group_norms, known_norm
 from optax_smartclip.engine.partitions import one_group
+from optax_smartclip.engine.rule import clippable_leaves
 from optax_smartclip.engine.scaling import has_reached
 from optax_smartclip.engine.states import register_with_flax, select_groups, state
 from optax_smartclip.engine.trees import PyTree
@@ -81,6 +77,7 @@ def skip_spikes(
     window: int = 128,
     max_consecutive: Any = 32,
     warmup_steps: Any = 10,
+    mask: LeafMask = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that steps with a spike do not happen.
@@ -93,6 +90,7 @@ def skip_spikes(
     A lasting rise of norm or loss is dropped too, at first: until it is a quarter of what the
     window holds, or for `max_consecutive` steps, after which one step is let through, however
     large, and so on. Steps that are not finite are dropped always, and do not count among these.
+    A norm of zero is no spike and is not remembered.
     Note that batches which always stand out, and are fewer than a quarter of all, are always
     dropped, be they spikes or the only ones of their kind.
 
@@ -110,6 +108,8 @@ def skip_spikes(
             16,777,216.
         max_consecutive: After how many spikes in a row one is let through, >= 1.
         warmup_steps: How many finite ones are observed before steps are dropped for a spike.
+        mask: Which leaves take part in the norm; see `clip_by_rule`. The others have no say in
+            whether a step is dropped.
         axis_name: Under `shard_map` or `pmap`, mapped axes over which leaves are split; see
             `clip_by_rule`. A `value` must be the same on all devices.
 
@@ -158,6 +158,7 @@ def skip_spikes(
 
     def init_fn(params: PyTree) -> SkipState:
         register_with_flax()
+        assign_groups("global", params, mask=mask)  # a wrong mask is found before the first step
         detector = SpikeDetectorState(
             history=history.init(2),
             num_observed=jnp.zeros(2, jnp.int32),
@@ -171,7 +172,8 @@ def skip_spikes(
                 num_skipped=jnp.zeros((), jnp.int32),
             ),
         )
-        return SkipState(inner_state=inner.init(params), detector=detector)
+        state = SkipState(inner_state=inner.init(params), detector=detector)
+        return vary_as(state, params, axis_name)
 
     def update_fn(
         updates: PyTree,
@@ -182,8 +184,11 @@ def skip_spikes(
         grad_norm: Any = None,
         **extra_args: Any,
     ) -> tuple[PyTree, SkipState]:
+        tree = updates if params is None else params
+        takes_part = assign_groups("global", tree, mask=mask).takes_part
         if grad_norm is None:
-            norm = _norm(updates, axis_name)
+            arrays = list(clippable_leaves(updates, takes_part).values())
+            norm = group_norms(arrays, one_group(len(arrays)), axis_name=axis_name)[0]
         else:
             norm = checks.check_scalar("grad_norm", grad_norm)
             extra_args["grad_norm"] = grad_norm
@@ -194,7 +199,7 @@ def skip_spikes(
             extra_args["value"] = value
 
         detector = state.detector
-        given = jnp.array([True, value is not None])
+        given = jnp.stack([norm != 0, jnp.asarray(value is not None)])
         seen = jnp.stack([norm, loss])
         finite = given & jnp.isfinite(seen)
         warm = has_reached(detector.num_observed, warmup_steps)
@@ -204,10 +209,12 @@ def skip_spikes(
         spike = jnp.any(finite & (seen > thresholds))
         may_pass = has_reached(detector.num_in_a_row, max_consecutive)
         skip = invalid | (spike & ~may_pass)
+        judged = ~invalid & jnp.any(given)
 
         # Zeros in place of what is dropped, so that no NaN of the gradient is computed with.
         passed_on = _zero_where(skip, updates)
-        with known_norm(_arrays(passed_on), jnp.where(skip, 0.0, norm), axis_name):
+        arrays = list(clippable_leaves(passed_on, takes_part).values())
+        with known_norm(arrays, jnp.where(skip, 0.0, norm), axis_name):
             inner_updates, inner_state = inner.update(
                 passed_on, state.inner_state, params, **extra_args
             )
@@ -216,7 +223,7 @@ def skip_spikes(
         next_detector = SpikeDetectorState(
             history=select_groups(finite, recorded, detector.history),
             num_observed=increment_where(finite, detector.num_observed),
-            num_in_a_row=jnp.where(invalid, detector.num_in_a_row, in_a_row),
+            num_in_a_row=jnp.where(judged, in_a_row, detector.num_in_a_row),
             last=SkipMetrics(
                 skip_norm=norm,
                 skip_norm_threshold=thresholds[0],
@@ -229,7 +236,8 @@ def skip_spikes(
         kept = jax.tree.map(
             lambda old, new: jnp.where(skip, old, new), state.inner_state, inner_state
         )
-        return _zero_where(skip, inner_updates), SkipState(inner_state=kept, detector=next_detector)
+        next_state = SkipState(inner_state=kept, detector=next_detector)
+        return _zero_where(skip, inner_updates), vary_as_before(next_state, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -242,16 +250,6 @@ def outlier_threshold(
     spread = jnp.maximum((q75 - q25) / _IQR, _MIN_SPREAD * jnp.abs(median))
     # Values that were mostly zero have shown no scale that one could exceed.
     return jnp.where(spread > 0, median + as_float32(sigma) * spread, jnp.inf)
-
-
-def _arrays(updates: PyTree) -> list[Array]:
-    return [jnp.asarray(leaf) for leaf in jax.tree.leaves(updates) if is_inexact(leaf)]
-
-
-def _norm(updates: PyTree, axis_name: AxisName) -> Float32[Array, ""]:
-    arrays = _arrays(updates)
-    norms: Norms = group_norms(arrays, one_group(len(arrays)), axis_name=axis_name)
-    return norms[0]
 
 
 def _zero_where(skip: Bool[Array, ""], updates: PyTree) -> PyTree:

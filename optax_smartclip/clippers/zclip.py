@@ -22,11 +22,12 @@ import jax.numpy as jnp
 import optax
 
 from optax_smartclip.engine import checks
-from optax_smartclip.engine.groups import Scope
-from optax_smartclip.engine.norms import AxisName, Norms, as_float32
+from optax_smartclip.engine.groups import LeafMask, Scope
+from optax_smartclip.engine.meshes import AxisName
+from optax_smartclip.engine.norms import Norms, as_float32
 from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
 from optax_smartclip.engine.scaling import has_reached, ratio
-from optax_smartclip.engine.states import select_groups
+from optax_smartclip.engine.stacks import Stacked
 from optax_smartclip.histories.moments import (
     MomentsState,
     above_mean,
@@ -46,6 +47,8 @@ def zclip(
     clip_factor: Any = 1.0,
     record_limit: Any = None,
     scope: Scope = "global",
+    stacked: Stacked = None,
+    mask: LeafMask = None,
     warmup_steps: Any = 25,
     max_norm: Any = 1.0,
     nonfinite: str = "zero",
@@ -64,8 +67,8 @@ def zclip(
     clipped for ever. `record_limit=3.0` mends this: it records such norms as 3 standard deviations
     above the mean, whatever they are clipped to.
 
-    Differences to the publication: zeros are not recorded, NaN and Inf neither (there, the first
-    NaN switches clipping off for good).
+    A difference to the publication: zeros, NaN and Inf are not recorded (there, the first NaN
+    switches clipping off for good).
 
     Args:
         zmax: Standard deviations above the mean at which to clip, >= 0.
@@ -75,6 +78,8 @@ def zclip(
         record_limit: None, or at how many standard deviations above the mean (each at least 1 %
             of it) a norm is recorded at most, > 0: what is clipped then has no influence on it.
         scope: Which leaves share one norm; see `clip_by_rule`.
+        stacked: Axes that count layers, each with a norm of its own; see `clip_by_rule`.
+        mask: Which leaves take part; see `clip_by_rule`.
         warmup_steps: How many norms are averaged before the rule clips.
         max_norm: A ceiling that always holds, in warm-up too; see `clip_by_rule`.
         nonfinite: `"zero"` or `"propagate"`, for NaN and Inf norms; see `clip_by_rule`.
@@ -106,6 +111,8 @@ def zclip(
     return clip_by_rule(
         zclip_rule(zmax, decay, clip_to, clip_factor, record_limit, warmup_steps),
         scope=scope,
+        stacked=stacked,
+        mask=mask,
         warmup_steps=warmup_steps,
         max_norm=max_norm,
         nonfinite=nonfinite,
@@ -146,11 +153,10 @@ def zclip_rule(
         std = safe_hypot(jnp.sqrt(1.0 - weight) * state.std, jnp.sqrt(weight) * deviation)
 
         warm = is_warm(state)
-        moved = MomentsState(
+        return MomentsState(
             mean=jnp.where(warm, mean, averaged[0]),
             std=jnp.where(warm, std, averaged[1]),
             num_recorded=num_recorded,
         )
-        return select_groups(norms > 0, moved, state)
 
     return ThresholdRule(init_moments, threshold, record)

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import optax
 
 from optax_smartclip.engine import checks
-from optax_smartclip.engine.groups import Scope
-from optax_smartclip.engine.norms import AxisName, Norms
+from optax_smartclip.engine.groups import LeafMask, Scope
+from optax_smartclip.engine.meshes import AxisName
+from optax_smartclip.engine.norms import Norms
 from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
+from optax_smartclip.engine.stacks import Stacked
 from optax_smartclip.engine.states import select_groups
 from optax_smartclip.histories.moments import (
     MomentsState,
@@ -36,6 +38,8 @@ def zscore_clip(
     *,
     decay: Any = 0.99,
     scope: Scope = "global",
+    stacked: Stacked = None,
+    mask: LeafMask = None,
     warmup_steps: Any = 1,
     max_norm: Any = None,
     nonfinite: str = "zero",
@@ -45,8 +49,7 @@ def zscore_clip(
 
     *The current norm is left out*: a mean that already includes a spike lets a third of it pass.
     *What is recorded is the norm, but at most mean + 3 std*: a spike cannot inflate the moments,
-    and a lasting rise is still followed. Zeros are not recorded, so that a layer that is frozen
-    for a while keeps its threshold.
+    and a lasting rise is still followed.
 
     The moments of the first `1 / (1 - decay)` norms are plain averages. The first norm counts as
     its own standard deviation, which keeps the early thresholds wide; only the first step of a run
@@ -58,6 +61,8 @@ def zscore_clip(
             `optax.inject_hyperparams` has rounded it to 1 (bfloat16 does so from 0.998), the
             nearest decay that could have been meant is used: 0.999.
         scope: Which leaves share one norm; see `clip_by_rule`.
+        stacked: Axes that count layers, each with a norm of its own; see `clip_by_rule`.
+        mask: Which leaves take part; see `clip_by_rule`.
         warmup_steps: How many finite norms are observed before clipping starts.
         max_norm: A ceiling that always holds, in warm-up too; see `clip_by_rule`.
         nonfinite: `"zero"` or `"propagate"`, for NaN and Inf norms; see `clip_by_rule`.
@@ -85,6 +90,8 @@ def zscore_clip(
     return clip_by_rule(
         zscore_rule(zmax, decay),
         scope=scope,
+        stacked=stacked,
+        mask=mask,
         warmup_steps=warmup_steps,
         max_norm=max_norm,
         nonfinite=nonfinite,
@@ -108,7 +115,7 @@ def zscore_rule(zmax: Any, decay: Any) -> ThresholdRule:
         bounded = jnp.minimum(norms, above_mean(state, _RECORD_LIMIT))
         mean, std = update_moments(state.mean, state.std, bounded, weight)
         moved = MomentsState(mean=mean, std=std, num_recorded=num_recorded)
-        recorded = select_groups(state.num_recorded > 0, moved, seed)
-        return select_groups(norms > 0, recorded, state)
+        recorded: MomentsState = select_groups(state.num_recorded > 0, moved, seed)
+        return recorded
 
     return ThresholdRule(init_moments, threshold, record)

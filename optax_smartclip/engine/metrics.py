@@ -16,7 +16,7 @@ from jax import export
 from jaxtyping import Array, Bool, Float32, Int32
 
 from optax_smartclip.engine.norms import Norms
-from optax_smartclip.engine.trees import path_name, unwrap_variables
+from optax_smartclip.engine.trees import path_name, unbox
 
 
 # A NamedTuple, because optax.tree.get looks into those and not into dataclasses. The names are
@@ -149,7 +149,7 @@ def metrics(opt_state: Any) -> dict[str, Array]:
         (5.0, 0.2)
     """
     nodes = jax.tree_util.tree_flatten_with_path(
-        unwrap_variables(opt_state), is_leaf=lambda node: isinstance(node, RECORDS)
+        unbox(opt_state), is_leaf=lambda node: isinstance(node, RECORDS)
     )[0]
     found = {path[:-1]: node for path, node in nodes if isinstance(node, RECORDS)}
     kinds = [type(record) for record in found.values()]

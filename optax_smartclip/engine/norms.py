@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Inexact
 
-from optax_smartclip.engine.partitions import GroupValues, Partition, one_group
+from optax_smartclip.engine.meshes import AxisName, SumOverDevices, axis_names
+from optax_smartclip.engine.partitions import GroupValues, Partition, Terms, one_group
 
-AxisName = str | Sequence[str] | None
 Norms = Float32[Array, " groups"]
 Mask = Bool[Array, " groups"]
 
@@ -43,31 +43,33 @@ def group_norms(
     Args:
         arrays: Floating-point or complex arrays of any dtype and shape.
         partition: How their elements fall into groups.
-        axis_name: Mapped axes over which the arrays are split; sums are taken across them.
+        axis_name: Mapped axes over which arrays are split; sums are taken across them. An array
+            that does not vary along one of them is counted once.
 
     Returns:
         Norms; NaN or Inf where a group has a NaN or Inf, or where the true norm is beyond
-        float32. Elements below the smallest normal number may count as zero.
+        float32. Elements below the smallest normal number may count as zero. A partition without
+        scaled sums has those of `norms_in_range`.
     """
-    if not arrays:
-        return norms_in_range(arrays, partition)
-    axis_name = _hashable(axis_name)
+    if not arrays or not partition.has_scaled_sums:
+        return norms_in_range(arrays, partition, axis_name=axis_name)
+    names = axis_names(axis_name)
     known = _known.get()
-    if known is not None and known.is_norm_of(arrays, partition, axis_name):
+    if known is not None and known.is_norm_of(arrays, partition, names):
         return known.norm[None]
-    return _compiled_group_norms(partition, axis_name, arrays)
+    return _compiled_group_norms(partition, names, arrays)
 
 
 @dataclasses.dataclass(frozen=True)
 class _KnownNorm:
     arrays: list[Array]
     norm: Float32[Array, ""]
-    axis_name: AxisName
+    names: tuple[str, ...]
 
-    def is_norm_of(self, arrays: list[Array], partition: Partition, axis_name: AxisName) -> bool:
+    def is_norm_of(self, arrays: list[Array], partition: Partition, names: tuple[str, ...]) -> bool:
         return (
             partition == one_group(len(self.arrays))
-            and axis_name == self.axis_name
+            and names == self.names
             and all(one is other for one, other in zip(arrays, self.arrays, strict=True))
         )
 
@@ -85,7 +87,7 @@ def known_norm(
     the arrays, so whatever else they measure (other leaves, a gradient that a link before them has
     changed) is measured as always, however deep in a chain they are.
     """
-    token = _known.set(_KnownNorm(arrays, norm, _hashable(axis_name)))
+    token = _known.set(_KnownNorm(arrays, norm, axis_names(axis_name)))
     try:
         yield
     finally:
@@ -99,18 +101,18 @@ def norms_in_range(
 
     Smaller ones may be too small, zero at the least, and larger ones are infinite.
     """
-    (norms,) = _reader(arrays, partition, _hashable(axis_name))([None])
+    (norms,) = _reader(arrays, partition, axis_names(axis_name))([None])
     return jax.tree.map(as_float32, norms)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _group_norms(
-    partition: Partition, axis_name: AxisName, arrays: list[Inexact[Array, "..."]]
+    partition: Partition, names: tuple[str, ...], arrays: list[Inexact[Array, "..."]]
 ) -> GroupValues:
     def norms(
         in_range: Callable[[Reader, Any], GroupValues], arrays: list[Inexact[Array, "..."]]
     ) -> GroupValues:
-        read = _reader(arrays, partition, axis_name)
+        read = _reader(arrays, partition, names)
         return jax.tree.map(as_float32, in_range(read, _accumulator(arrays)))
 
     return jax.lax.platform_dependent(
@@ -125,16 +127,27 @@ Reader = Callable[[Sequence[Array | None]], list[GroupValues]]
 
 
 def _reader(
-    arrays: list[Inexact[Array, "..."]], partition: Partition, axis_name: AxisName
+    arrays: list[Inexact[Array, "..."]], partition: Partition, names: tuple[str, ...]
 ) -> Reader:
     dtype = _accumulator(arrays)
 
     def read(factors: Sequence[Array | None]) -> list[GroupValues]:
         terms = [tuple(_squares(array, dtype, by) for by in factors) for array in arrays]
-        totals = _sum_over(partition.total(terms), axis_name)
+        totals = _total_over_devices(arrays, terms, partition, names)
         return [jax.tree.map(safe_sqrt, each) for each in totals]
 
     return read
+
+
+def _total_over_devices(
+    arrays: list[Array], terms: list[Terms], partition: Partition, names: tuple[str, ...]
+) -> list[GroupValues]:
+    sum_over_devices = SumOverDevices(arrays, names)
+    counted = [
+        tuple(sum_over_devices.counted_once(number, term) for term in of_array)
+        for number, of_array in enumerate(terms)
+    ]
+    return sum_over_devices(partition.total(counted))
 
 
 def _range(dtype: Any) -> tuple[float, float]:
@@ -205,13 +218,13 @@ def _read_again(read: Reader, dtype: Any) -> GroupValues:
 @_group_norms.defjvp
 def _group_norms_jvp(
     partition: Partition,
-    axis_name: AxisName,
+    names: tuple[str, ...],
     primals: tuple[list[Array]],
     tangents: tuple[list[Array]],
 ) -> tuple[GroupValues, GroupValues]:
     (arrays,), (changes,) = primals, tangents
     dtype = _accumulator(arrays)
-    norms = _group_norms(partition, axis_name, arrays)
+    norms = _group_norms(partition, names, arrays)
 
     def product(array: Array, norm: Array, change: Array) -> Array:
         known = jnp.isfinite(norm) & (norm > 0)
@@ -225,16 +238,13 @@ def _group_norms_jvp(
     products = [
         product(*values) for values in zip(arrays, partition.spread(norms), changes, strict=True)
     ]
-    (changes,) = partition.total([(each,) for each in products])
-    return norms, jax.tree.map(as_float32, _sum_over(changes, axis_name))
+    terms: list[Terms] = [(each,) for each in products]
+    (changes,) = _total_over_devices(arrays, terms, partition, names)
+    return norms, jax.tree.map(as_float32, changes)
 
 
 # Or eager steps would trace it every time.
 _compiled_group_norms = jax.jit(_group_norms, static_argnums=(0, 1))
-
-
-def _hashable(axis_name: AxisName) -> AxisName:
-    return axis_name if axis_name is None or isinstance(axis_name, str) else tuple(axis_name)
 
 
 def is_inexact(leaf: Any) -> bool:
@@ -257,10 +267,6 @@ def _accumulator(arrays: list[Array]) -> Any:
     """The dtype in which squares are summed."""
     is_double = any(jnp.finfo(array.dtype).bits == 64 for array in arrays)
     return jnp.float64 if is_double else jnp.float32
-
-
-def _sum_over(totals: GroupValues, axis_name: AxisName) -> GroupValues:
-    return totals if axis_name is None else jax.lax.psum(totals, axis_name)
 
 
 def _parts(array: Inexact[Array, "..."]) -> tuple[Float[Array, "..."], ...]:

@@ -11,20 +11,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float32
 
 from optax_smartclip.engine import checks
-from optax_smartclip.engine.groups import Groups, Scope, assign_groups, check_scope
+from optax_smartclip.engine.groups import Groups, LeafMask, Scope, assign_groups, check_scope
+from optax_smartclip.engine.meshes import AxisName, vary_as, vary_as_before
 from optax_smartclip.engine.metrics import increment_where, next_metrics
-from optax_smartclip.engine.norms import (
-    AxisName,
-    Norms,
-    group_norms,
-    is_inexact,
-)
+from optax_smartclip.engine.norms import Norms, group_norms, is_inexact
 from optax_smartclip.engine.scaling import limit_threshold, scale_arrays, signed_scale
+from optax_smartclip.engine.stacks import Stacked, check_stacked
 from optax_smartclip.engine.states import ClipState, init_state, register_with_flax, select_groups
-from optax_smartclip.engine.trees import KeyPath, PyTree, flatten, path_name, replace_leaves
+from optax_smartclip.engine.trees import KeyPath, PyTree, flatten, replace_leaves
 
 RuleState = Any
 
@@ -32,9 +29,9 @@ RuleState = Any
 class ThresholdRule(NamedTuple):
     """What a history-based clipper has learnt, as three pure functions.
 
-    `norms` and thresholds are float32[groups]. The norms that a rule is given are finite and not
-    negative: where a group's norm is not finite, the rule is shown a zero, its threshold is not
-    used and its state is kept as it was.
+    `norms` and thresholds are float32[groups]. A rule learns from norms that are positive and
+    finite: where a group's norm is zero, NaN or Inf, the rule is shown a zero, its threshold is
+    not used and its state is kept as it was.
 
     Attributes:
         init: Number of groups -> state. Every leaf of it has a leading `groups` axis.
@@ -53,6 +50,8 @@ def clip_by_rule(
     rule: ThresholdRule,
     *,
     scope: Scope = "global",
+    stacked: Stacked = None,
+    mask: LeafMask = None,
     warmup_steps: Any = 0,
     max_norm: Any = None,
     nonfinite: str = "zero",
@@ -63,10 +62,11 @@ def clip_by_rule(
     Each update computes the norm of each group, asks the rule for thresholds, multiplies each
     group by `min(1, threshold / norm)` and lets the rule record the norms. The gradient is read
     once for the norms and once to scale it; a gradient within the threshold is multiplied by
-    exactly 1.
+    exactly 1. A group whose gradient is zero teaches nothing: it counts neither as a step of
+    warm-up nor for what the rule learns.
 
-    `update` accepts `grad_norm=`, a scalar, if the norm of the whole gradient has already been
-    computed; it is then not computed again (scope "global" only).
+    `update` accepts `grad_norm=`, a scalar, if the norm of all leaves that take part has already
+    been computed; it is then not computed again (scope "global" only).
 
     Args:
         rule: The rule.
@@ -74,26 +74,39 @@ def clip_by_rule(
             parent path), `"per_param"` (none), a tree of labels with the structure of the
             parameters or a prefix of it, or a function of a leaf's key path (as in
             `jax.tree_util.tree_map_with_path`) that returns a label.
-        warmup_steps: How many finite norms a group has observed before the rule may clip it.
-            They are recorded. A number >= 0.
+        stacked: Along which axes a leaf is to be taken for several, as in a model that scans over
+            its layers: each index is a group of its own, which leaves of the same scope share. A
+            mapping from a regular expression, searched for in paths such as `layers/mlp/kernel`,
+            to an axis or a tuple of axes, of which the first that matches counts, as in
+            `{"layers/.*experts": (0, 1), "layers": 0}`; or a function of a leaf's key path and
+            shape that returns an axis, a tuple of axes or None.
+        mask: Which leaves take part, as in `optax.masked`: a tree of bools with the structure of
+            the parameters, a prefix of it, or a function of the parameters (of one slice of each
+            stacked leaf) that returns one. Where it is False, a leaf is passed on as it is, and
+            is in no norm; its group stays, and is empty if all of its leaves are left out. See
+            `optax_smartclip.masks`.
+        warmup_steps: How many positive, finite norms a group has observed before the rule may clip
+            it. They are recorded. A number >= 0.
         max_norm: A ceiling on the norm of every group that always holds, in warm-up too: a
             positive number, in the unit of the gradient's norm, or None.
         nonfinite: What becomes of a group whose norm is NaN or Inf: `"zero"`, its updates are
             zero, or `"propagate"`, they pass as they are. Either way it is counted and never
             recorded.
         axis_name: Under `shard_map` or `pmap`, the mapped axis or axes over which the leaves are
-            split, so that norms are summed across them. Not needed under `jit`, nor where each
-            device holds the whole gradient.
+            split, so that norms are summed across them. A leaf that is whole on all devices is
+            counted once, unless `shard_map` was told `check_vma=False`: then it counts once for
+            each device. Not needed under `jit`, nor where each device holds the whole gradient.
 
     Returns:
         A transformation with a `ClipState`. Numbers may be traced, as with
-        `optax.inject_hyperparams`; a function as `scope` must then be named in `static_args`.
+        `optax.inject_hyperparams`; functions as `scope`, `stacked` or `mask` must then be named in
+        `static_args`.
 
     Raises:
-        ValueError: If an argument is out of range; from `init`, if the rule's state lacks the
-            `groups` axis; from `update`, if the rule's thresholds do, if the gradient has other
-            groups than the parameters had, or if `grad_norm` is given for more than one group or
-            is not a scalar.
+        ValueError: If an argument is out of range; from `init`, if `stacked` or `mask` does not
+            fit the parameters, or the rule's state lacks the `groups` axis; from `update`, if the
+            rule's thresholds lack it, if the gradient has other groups than the parameters had, or
+            if `grad_norm` is given for more than one group or is not a scalar.
 
     Example:
         A clipper that halves the largest norm it lets through whenever it is exceeded:
@@ -114,11 +127,15 @@ def clip_by_rule(
         [2.4 3.2]
     """
     check_scope(scope)
+    check_stacked(stacked, scope)
     checks.check_shared(warmup_steps, max_norm, nonfinite)
+
+    def groups_of(tree: PyTree) -> Groups:
+        return assign_groups(scope, tree, stacked=stacked, mask=mask)
 
     def init_fn(params: PyTree) -> ClipState:
         register_with_flax()
-        num_groups = len(assign_groups(scope, params).labels)
+        num_groups = groups_of(params).num_groups
         rule_state = rule.init(num_groups)
         for leaf in jax.tree.leaves(rule_state):
             if jnp.shape(leaf)[:1] != (num_groups,):
@@ -129,7 +146,7 @@ def clip_by_rule(
         # A weakly typed leaf, as of jnp.full(groups, 1.0), would change its type in the first
         # step and compile the second anew.
         strong = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), rule_state)
-        return init_state(strong, num_groups)
+        return vary_as(init_state(strong, num_groups), params, axis_name)
 
     def update_fn(
         updates: PyTree,
@@ -140,10 +157,9 @@ def clip_by_rule(
         **extra_args: Any,
     ) -> tuple[PyTree, ClipState]:
         del extra_args
-        groups = assign_groups(scope, updates if params is None else params)
-        num_groups = len(groups.labels)
-        check_num_groups(state, num_groups)
-        leaves = clippable_leaves(updates, groups)
+        groups = groups_of(updates if params is None else params)
+        check_num_groups(state, groups.num_groups)
+        leaves = clippable_leaves(updates, groups.takes_part)
         arrays = list(leaves.values())
         partition = groups.partition(leaves)
         if grad_norm is None:
@@ -151,24 +167,25 @@ def clip_by_rule(
         else:
             norms = _given_norm(grad_norm, scope)
 
-        finite = jnp.isfinite(norms)
-        shown = jnp.where(finite, norms, 0.0)
+        live = has_gradient(norms)
+        shown = jnp.where(live, norms, 0.0)
         thresholds = rule.threshold(state.rule, shown)
         if jnp.shape(thresholds) != norms.shape:
             raise ValueError(
                 "`rule.threshold` must return one threshold for each of the "
-                f"{num_groups} groups, got the shape {jnp.shape(thresholds)}."
+                f"{groups.num_groups} groups, got the shape {jnp.shape(thresholds)}."
             )
         limits = limit_threshold(thresholds, state.num_observed, warmup_steps, max_norm)
         scales = signed_scale(norms, limits)
         clipped = scale_arrays(arrays, partition, scales, nonfinite)
         recorded = rule.record(state.rule, shown, thresholds)
         next_state = ClipState(
-            rule=select_groups(finite, recorded, state.rule),
-            num_observed=increment_where(finite, state.num_observed),
+            rule=select_groups(live, recorded, state.rule),
+            num_observed=increment_where(live, state.num_observed),
             last=next_metrics(state.last, norms, limits, scales, nonfinite),
         )
-        return replace_leaves(updates, dict(zip(leaves, clipped, strict=True))), next_state
+        clipped_updates = replace_leaves(updates, dict(zip(leaves, clipped, strict=True)))
+        return clipped_updates, vary_as_before(next_state, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -184,19 +201,24 @@ def check_num_groups(state: ClipState, num_groups: int) -> None:
         )
 
 
-def clippable_leaves(updates: PyTree, groups: Groups) -> dict[KeyPath, Array]:
-    """The leaves that have a norm, as arrays by key path.
+def clippable_leaves(
+    updates: PyTree, takes_part: Callable[[KeyPath], bool]
+) -> dict[KeyPath, Array]:
+    """The leaves that take part and have a norm, as arrays by key path."""
+    return {
+        path: jnp.asarray(leaf)
+        for path, leaf in flatten(updates).items()
+        if is_inexact(leaf) and takes_part(path)
+    }
 
-    Raises:
-        ValueError: If the gradient has a leaf that the parameters do not have.
+
+def has_gradient(norms: Float32[Array, " *groups"]) -> Bool[Array, " *groups"]:
+    """Which groups have a norm that something can be learnt from.
+
+    A zero says nothing about a scale: experts without tokens, frozen layers and heads that are
+    trained in turn have it in many steps.
     """
-    leaves = {path: leaf for path, leaf in flatten(updates).items() if is_inexact(leaf)}
-    for path in leaves:
-        if path not in groups.number:
-            raise ValueError(
-                f"The gradient has a leaf {path_name(path)!r} that `params` does not have."
-            )
-    return {path: jnp.asarray(leaf) for path, leaf in leaves.items()}
+    return jnp.isfinite(norms) & (norms > 0)
 
 
 def _given_norm(grad_norm: Any, scope: Scope) -> Norms:

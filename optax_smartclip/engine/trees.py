@@ -12,35 +12,45 @@ import jax
 KeyPath = tuple[Any, ...]
 PyTree = Any
 
-
-def _is_nnx_variable(node: Any) -> bool:
-    # Looked up, not imported: a program that uses Flax NNX has loaded it before it calls us.
-    nnx = sys.modules.get("flax.nnx")
-    return nnx is not None and isinstance(node, nnx.Variable)
-
-
-def _value(variable: Any) -> Any:
-    # On the class, because a variable of Flax 0.12.0 looks for what it lacks in its array.
-    get_value = getattr(type(variable), "get_value", None)
-    return variable.raw_value if get_value is None else get_value(variable)
+# Nodes that hold one array, and metadata: a level of the tree to JAX, but not to people.
+_BOXES = (
+    ("flax.nnx", "Variable"),
+    ("flax.core.meta", "AxisMetadata"),
+    ("haliax.core", "NamedArray"),
+    ("penzai.core.named_axes", "NamedArrayBase"),
+    ("penzai.core.variables", "AbstractVariableValue"),
+)
 
 
-def unwrap_variables(tree: PyTree) -> PyTree:
-    """The tree with every Flax NNX variable replaced by the value it holds.
+def _is_box(node: Any) -> bool:
+    # Looked up, not imported: a program that has such a node has loaded its library.
+    return any(
+        isinstance(node, getattr(sys.modules[module], name, ()))
+        for module, name in _BOXES
+        if module in sys.modules
+    )
+
+
+def _content(box: Any) -> Any:
+    children = jax.tree.leaves(box, is_leaf=lambda node: node is not box)
+    return unbox(children[0]) if len(children) == 1 else box
+
+
+def unbox(tree: PyTree) -> PyTree:
+    """The tree with every box replaced by what is in it, such as an array.
 
     `nnx.Optimizer` gives `init` a state of variables and `update` one of bare arrays; without
-    this, a path would end in `kernel/value` in the first and in `kernel` in the second.
+    this, a path would end in `kernel/value` in the first and in `kernel` in the second. Boxes of
+    Flax (NNX and Linen), Haliax and Penzai are known.
     """
     return jax.tree.map(
-        lambda node: _value(node) if _is_nnx_variable(node) else node,
-        tree,
-        is_leaf=_is_nnx_variable,
+        lambda node: _content(node) if _is_box(node) else node, tree, is_leaf=_is_box
     )
 
 
 def flatten(tree: PyTree) -> dict[KeyPath, Any]:
     """The leaves of `tree` by key path, in the order in which JAX flattens them."""
-    return dict(jax.tree_util.tree_flatten_with_path(unwrap_variables(tree))[0])
+    return dict(jax.tree_util.tree_flatten_with_path(unbox(tree))[0])
 
 
 def is_path(value: Any) -> bool:

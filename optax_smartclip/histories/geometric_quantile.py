@@ -44,8 +44,7 @@ def geometric_quantile(rate: Any = 0.02) -> NormHistory:
     is bounded in its response to any one norm. Two differences to the publication:
 
     - The first 8 norms are kept, and their median is where the estimate starts, so that the
-      scale of the norms never matters. Zeros say nothing about a scale and are not recorded, or a
-      frozen layer would drag its estimate to zero.
+      scale of the norms never matters.
     - A step stops at the norm that caused it, so that the estimate comes to rest at a constant
       norm where it would otherwise swing around it.
 
@@ -90,10 +89,9 @@ def geometric_quantile(rate: Any = 0.02) -> NormHistory:
             first_norms.percentile(seed, 50.0),
             move_towards(state.estimate, norms, fraction, step),
         )
-        moved = GeometricQuantileState(
+        return GeometricQuantileState(
             estimate=estimate, seed=select_groups(seeding, seed, state.seed)
         )
-        return select_groups(norms > 0, moved, state)
 
     def percentile(state: GeometricQuantileState, percentile: Percentile) -> Norms:
         del percentile

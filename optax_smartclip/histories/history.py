@@ -16,7 +16,7 @@ Percentile = Any
 class NormHistory(NamedTuple):
     """A memory of norms, as three pure functions of arrays.
 
-    `norms` are float32[groups], finite and not negative.
+    `norms` are float32[groups], positive and finite.
 
     Attributes:
         init: Number of groups -> state. Every leaf of it has a leading `groups` axis.

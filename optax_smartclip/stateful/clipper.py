@@ -22,10 +22,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from optax_smartclip.engine import checks
-from optax_smartclip.engine.groups import SCOPES, assign_groups
+from optax_smartclip.engine.groups import SCOPES, Groups, assign_groups
 from optax_smartclip.engine.norms import Norms, is_inexact
+from optax_smartclip.engine.stacks import Stacked, check_stacked, find_stacks, slice_shapes
 from optax_smartclip.engine.states import ClipState, init_state
-from optax_smartclip.engine.trees import PyTree, flatten, replace_leaves, unwrap_variables
+from optax_smartclip.engine.trees import PyTree, flatten, replace_leaves, unbox
 from optax_smartclip.stateful.saved import Key, Saved, from_json, restore, to_json
 
 # Older versions of JAX have it under its first name.
@@ -75,7 +76,7 @@ class StatefulClipper:
 
     algo: ClassVar[str]
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, *, stacked: Stacked, **arguments: Any) -> None:
         for name, value in arguments.items():
             if np.ndim(value) > 0:
                 raise ValueError(f"`{name}` must be a single value, got {value!r}.")
@@ -87,6 +88,9 @@ class StatefulClipper:
         checks.check_number("eps", eps, 0.0, float("inf"), allowed="positive", strict_low=True)
         checks.check_choice("scope", arguments["scope"], SCOPES)
         self.scope: str = arguments["scope"]
+        check_stacked(stacked, self.scope)
+        # Apart from the others: it belongs to the model, and a saved state has the groups' keys.
+        self._stacked = stacked
         self.eps = float(eps)
         self.guard_nans = bool(arguments["guard_nans"])
         self._arguments = arguments
@@ -111,13 +115,14 @@ class StatefulClipper:
         raise NotImplementedError
 
     def _covers(self, leaf: Any) -> bool:
-        """Whether a leaf is clipped."""
+        """Whether a leaf, or one slice of a stacked leaf, is clipped."""
         return is_inexact(leaf)
 
     @property
     def _shared_options(self) -> dict[str, Any]:
         return {
             "scope": self.scope,
+            "stacked": self._stacked,
             # The engine counts the norms before the one to be judged.
             "warmup_steps": self._needed_norms - 1,
             "nonfinite": "zero" if self.guard_nans else "propagate",
@@ -205,13 +210,13 @@ class StatefulClipper:
                         f"`state` was saved with {name}={value!r}, but this clipper is in use with "
                         f"{current[name]!r}. Load it into a new one."
                     )
-        other = type(self)(**saved.arguments)
+        other = type(self)(stacked=self._stacked, **saved.arguments)
         restored = None
         if saved.state is not None:
             groups = len(saved.keys)
             restored = restore(init_state(other._init_rule(groups), groups), saved.state)
         if self._refs is None:
-            self.__init__(**saved.arguments)  # type: ignore[misc]
+            self.__init__(stacked=self._stacked, **saved.arguments)  # type: ignore[misc]
             self._keys, self._loaded = saved.keys, restored
         elif restored is not None:
             self._write(restored)
@@ -247,14 +252,18 @@ class StatefulClipper:
 
     def _covered(self, tree: PyTree) -> PyTree:
         """The tree with None for every leaf that is not clipped."""
+        slices = slice_shapes(tree, find_stacks(self._stacked, tree))
         return jax.tree.map(
-            lambda leaf: leaf if self._covers(leaf) else None, unwrap_variables(tree)
+            lambda leaf, of_slice: leaf if self._covers(of_slice) else None, unbox(tree), slices
         )
 
     def _group_keys(self, params: PyTree) -> tuple[Key, ...]:
-        labels = assign_groups(self.scope, self._covered(params)).labels
+        labels = self._groups(self._covered(params)).labels
         kind = {"global": (), "per_layer": ("layer",), "per_param": ("param",)}[self.scope]
         return tuple((*kind, label) for label in labels)
+
+    def _groups(self, covered: PyTree) -> Groups:
+        return assign_groups(self.scope, covered, stacked=self._stacked)
 
     def _state(self) -> ClipState | None:
         if self._refs is None:

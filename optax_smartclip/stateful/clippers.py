@@ -16,9 +16,9 @@ from optax_smartclip.clippers.agc import agc
 from optax_smartclip.clippers.autoclip import AUTO_WINDOW, fence_rule, percentile_rule
 from optax_smartclip.clippers.zscore_clip import zscore_rule
 from optax_smartclip.engine import checks
-from optax_smartclip.engine.groups import assign_groups
 from optax_smartclip.engine.norms import LARGEST, Norms, as_float32, group_norms
 from optax_smartclip.engine.rule import RuleState, ThresholdRule, clip_by_rule
+from optax_smartclip.engine.stacks import Stacked
 from optax_smartclip.engine.states import ClipState
 from optax_smartclip.engine.trees import PyTree, flatten
 from optax_smartclip.histories.geometric_quantile import geometric_quantile
@@ -113,6 +113,8 @@ class AutoClip(HistoryClipper):
         eps: Norms up to this are never clipped.
         guard_nans: Whether a gradient with a NaN or Inf norm becomes zeros; else it passes as it
             is. It is never learnt from.
+        stacked: Axes that count layers, each with a norm of its own; see `clip_by_rule`. It is
+            not saved with the state.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -143,8 +145,10 @@ class AutoClip(HistoryClipper):
         min_history: Any = 50,
         eps: Any = 1e-8,
         guard_nans: bool = True,
+        stacked: Stacked = None,
     ) -> None:
         super().__init__(
+            stacked=stacked,
             mode=mode,
             percentile=percentile,
             history=history,
@@ -186,6 +190,7 @@ class ZScoreClip(HistoryClipper):
         min_history: See `AutoClip`.
         eps: See `AutoClip`.
         guard_nans: See `AutoClip`.
+        stacked: See `AutoClip`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -212,8 +217,10 @@ class ZScoreClip(HistoryClipper):
         min_history: Any = 50,
         eps: Any = 1e-8,
         guard_nans: bool = True,
+        stacked: Stacked = None,
     ) -> None:
         super().__init__(
+            stacked=stacked,
             zmax=zmax,
             ema_decay=ema_decay,
             scope=scope,
@@ -244,6 +251,7 @@ class AGC(StatefulClipper):
         min_history: See `AutoClip`; 0 by default.
         eps: See `AutoClip`.
         guard_nans: See `AutoClip`.
+        stacked: See `AutoClip`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -269,8 +277,10 @@ class AGC(StatefulClipper):
         warmup_steps: Any = 0,
         min_history: Any = 0,
         guard_nans: bool = True,
+        stacked: Stacked = None,
     ) -> None:
         super().__init__(
+            stacked=stacked,
             clipping=clipping,
             exclude_bias_bn=bool(exclude_bias_bn),
             scope=scope,
@@ -291,7 +301,7 @@ class AGC(StatefulClipper):
         return lambda groups: optax.EmptyState(), agc(clipping, **options)
 
     def _covers(self, leaf: Any) -> bool:
-        vector = self._arguments["exclude_bias_bn"] and jnp.ndim(leaf) <= 1
+        vector = self._arguments["exclude_bias_bn"] and len(jnp.shape(leaf)) <= 1
         return super()._covers(leaf) and not vector
 
     def _limits(
@@ -299,7 +309,7 @@ class AGC(StatefulClipper):
     ) -> dict[str, Array]:
         clipped = flatten(grads)
         weights = {path: leaf for path, leaf in flatten(params).items() if path in clipped}
-        partition = assign_groups(self.scope, params).partition(weights)
+        partition = self._groups(params).partition(weights)
         weight_norms = group_norms([jnp.asarray(leaf) for leaf in weights.values()], partition)
         least = as_float32(self._min_weight_norm)
         target = as_float32(self._arguments["clipping"]) * jnp.maximum(weight_norms, least)

@@ -12,6 +12,7 @@ from smartclip.core import agc as reference_agc
 import optax_smartclip as smartclip
 from optax_smartclip import masks
 from optax_smartclip.clippers import agc
+from optax_smartclip.engine.metrics import init_metrics
 
 SHAPES = {
     "scalar": (),
@@ -184,10 +185,13 @@ SCALES = st.sampled_from([-1.0, 0.0, 1e-30, 0.25, 0.5, 1.0])
 @hypothesis.example([[0.5, 1.0], [0.25]])
 @hypothesis.example([[-1.0, 1.0], [1.0]])
 def test_the_summary_is_that_of_all_units_whichever_leaf_they_are_in(leaves):
-    smallest, share = agc.summarize_units([jnp.float32(leaf) for leaf in leaves])
+    scales = [jnp.float32(leaf) for leaf in leaves]
+    norms = [jnp.ones_like(scale) for scale in scales]
+    record = agc.report_units(init_metrics(1), norms, norms, scales, "zero")
     units = np.float32([scale for leaf in leaves for scale in leaf])
-    np.testing.assert_array_equal(smallest, [np.min(units)])
-    np.testing.assert_allclose(share, np.mean((units >= 0) & (units < 1)), rtol=1e-6)
+    np.testing.assert_array_equal(record.clip_scale, max(np.min(units), 0.0))
+    np.testing.assert_array_equal(np.isfinite(record.grad_norm), np.min(units) >= 0)
+    np.testing.assert_allclose(record.clipped, np.mean((units >= 0) & (units < 1)), rtol=1e-6)
 
 
 def test_units_at_their_thresholds_are_not_reported_as_clipped():
@@ -253,7 +257,7 @@ def test_everything_masked_is_nothing_clipped():
     updates, state = clip({"w": jnp.full((2, 2), 9.0)}, params, mask={"w": False})
     np.testing.assert_array_equal(updates["w"], np.full((2, 2), 9.0))
     record = smartclip.metrics(state)
-    assert (record["grad_norm"], record["clip_threshold"]) == (1.0, 1.0)
+    assert (record["grad_norm"], record["clip_threshold"]) == (0.0, 1.0)
     assert not record["clipped"]
 
 

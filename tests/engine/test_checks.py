@@ -177,7 +177,13 @@ def test_the_ends_of_the_ranges_are_allowed(factory, name, values):
         assert callable(factory(**{name: value}).init)
 
 
-SHARED = {"max_norm": None, "nonfinite": "zero", "axis_name": None}
+SHARED = {
+    "stacked": None,
+    "mask": None,
+    "max_norm": None,
+    "nonfinite": "zero",
+    "axis_name": None,
+}
 DEFAULTS = {
     smartclip.clip_by_rule: {"scope": "global", "warmup_steps": 0} | SHARED,
     smartclip.autoclip: {
@@ -214,7 +220,6 @@ DEFAULTS = {
         "eps": 1e-3,
         "scope": "unit",
         "unit_axes": None,
-        "mask": None,
         "warmup_steps": 0,
     }
     | SHARED,
@@ -223,6 +228,7 @@ DEFAULTS = {
         "window": 128,
         "max_consecutive": 32,
         "warmup_steps": 10,
+        "mask": None,
         "axis_name": None,
     },
     smartclip.geometric_quantile: {"rate": 0.02},

@@ -45,7 +45,7 @@ LEAVES = (
 
 def numbers(scope, tree):
     """The group of each leaf, in the order of the leaves."""
-    return list(assign_groups(scope, tree).number.values())
+    return list(assign_groups(scope, tree).first.values())
 
 
 def last_key(path):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_smartclip.engine.partitions import Leaves, Units, sum_together
+from optax_smartclip.engine.partitions import Leaves, Units
 
 RANDOM = np.random.default_rng(0)
 ARRAYS = [
@@ -37,16 +37,6 @@ def test_units_are_summed_by_their_axes_and_single_ones_come_first():
         for actual, wanted in zip(totals, expected, strict=True):
             assert actual.shape == np.shape(wanted)
             np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("axes", [None, (0,), (0, 2), ()])
-def test_sums_that_are_taken_together_are_those_that_are_taken_alone(axes):
-    array = ARRAYS[-1]
-    together = jax.jit(lambda *terms: sum_together(terms, axes))(array, -array, 2 * array)
-    for sum_, factor in zip(together, (1, -1, 2), strict=True):
-        expected = factor * np.sum(np.float64(array), axis=axes, keepdims=axes is not None)
-        assert sum_.shape == expected.shape
-        np.testing.assert_allclose(sum_, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("values", [[1, 1, 1], [1, 0.5, 1], [0.1, 0.2, 0.3], [np.nan, 0.5, np.inf]])

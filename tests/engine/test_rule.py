@@ -348,7 +348,7 @@ def test_an_empty_tree_passes(tree, scope, groups):
     tx = smartclip.clip_by_rule(NOTING, scope=scope)
     updates, state = jax.jit(tx.update)(tree, tx.init(tree))
     assert updates == tree
-    np.testing.assert_array_equal(state.num_observed, np.ones(groups))
+    np.testing.assert_array_equal(state.num_observed, np.zeros(groups))
 
 
 @pytest.mark.parametrize("scope", ["global", "per_param"])

@@ -1,0 +1,220 @@
+"""Layers that a framework stacks for a scan train as the same layers one after the other."""
+
+from functools import partial
+
+import equinox as eqx
+import flax.linen as nn
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from compat import lenient
+from flax import nnx
+from trees import assert_close, assert_same_bits
+
+import optax_smartclip as smartclip
+from optax_smartclip import masks
+
+LAYERS, WIDTH, STEPS = 3, 4, 8
+BATCHES = np.random.default_rng(0).normal(size=(STEPS, 5, WIDTH)).astype(np.float32)
+# A damaged one, whose gradients are clipped.
+BATCHES[5] *= 30
+
+CLIPPERS = {
+    "autoclip": partial(smartclip.autoclip, scope="per_layer", history=smartclip.ring_buffer(4)),
+    "adagc": partial(smartclip.adagc, warmup_steps=3),
+    "agc": partial(smartclip.agc, 0.05),
+}
+every_clipper = pytest.mark.parametrize("name", CLIPPERS)
+
+
+def train(apply, params, clipper):
+    """The losses of all steps, the parameters after them, and how often each group was clipped."""
+    tx = optax.chain(clipper, lenient(optax.adam(0.01)))
+
+    @jax.jit
+    def step(params, state, batch):
+        loss = lambda params: jnp.mean((apply(params, batch) - 1.0) ** 2)  # noqa: E731
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    state = tx.init(params)
+    losses = []
+    for batch in BATCHES:
+        params, state, value = step(params, state, batch)
+        losses.append(value)
+    return np.array(losses), params, smartclip.metrics(state)["num_clipped"]
+
+
+def assert_trains_as_a_list(name, params, apply_stack, apply_block, axis=0):
+    """Compares a stack of layers, and a function that applies it, with its slices in a list."""
+
+    def slices(leaf):
+        return [jnp.take(leaf, layer, axis=axis) for layer in range(LAYERS)]
+
+    def apply_list(layers, batch):
+        for layer in layers:
+            batch = apply_block(layer, batch)
+        return batch
+
+    layers = [
+        jax.tree.map(lambda leaf, layer=layer: slices(leaf)[layer], params)
+        for layer in range(LAYERS)
+    ]
+    expected, in_list, _ = train(apply_list, layers, CLIPPERS[name]())
+    losses, in_stack, num_clipped = train(apply_stack, params, CLIPPERS[name](stacked={"": axis}))
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    restacked = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *in_list)
+    assert_close(in_stack, restacked, rtol=1e-4, atol=1e-6)
+    assert np.max(num_clipped) > 0
+
+
+class LinenBlock(nn.Module):
+    """A residual block, called as `nn.scan` asks for it."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.Dense(WIDTH)(nn.tanh(nn.Dense(2 * WIDTH)(x))), None
+
+
+@every_clipper
+@pytest.mark.parametrize("axis", [0, 1])
+def test_linen_scan(name, axis):
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            # The scan puts the axis into kernels and biases alike.
+            scan = nn.scan(
+                LinenBlock,
+                variable_axes={"params": axis},
+                split_rngs={"params": True},
+                length=LAYERS,
+            )
+            return scan(name="layers")(x, None)[0]
+
+    params = Stack().init(jax.random.key(0), BATCHES[0])["params"]
+    assert_trains_as_a_list(
+        name,
+        params,
+        lambda params, x: Stack().apply({"params": params}, x),
+        lambda layer, x: LinenBlock().apply({"params": layer["layers"]}, x, None)[0],
+        axis,
+    )
+
+
+class NnxBlock(nnx.Module):
+    """The same in NNX."""
+
+    def __init__(self, rngs):
+        self.up = nnx.Linear(WIDTH, 2 * WIDTH, rngs=rngs)
+        self.down = nnx.Linear(2 * WIDTH, WIDTH, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down(jnp.tanh(self.up(x)))
+
+
+@every_clipper
+def test_nnx_scan(name):
+    @nnx.split_rngs(splits=LAYERS)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def make(rngs):
+        return NnxBlock(rngs)
+
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    def forward(x, block):
+        return block(x)
+
+    definition, params = nnx.split(make(nnx.Rngs(0)))
+    assert_trains_as_a_list(
+        name,
+        params,
+        lambda params, x: forward(x, nnx.merge(definition, params)),
+        lambda layer, x: nnx.merge(definition, layer)(x),
+    )
+
+
+@every_clipper
+def test_haiku_layer_stack(name):
+    def block(x):
+        return x + hk.Linear(WIDTH)(jnp.tanh(hk.Linear(2 * WIDTH)(x)))
+
+    stack = hk.without_apply_rng(hk.transform(lambda x: hk.layer_stack(LAYERS)(block)(x)))
+    alone = hk.without_apply_rng(hk.transform(block))
+    params = stack.init(jax.random.key(0), BATCHES[0])
+
+    def apply_block(layer, x):
+        return alone.apply({path.rpartition("/")[2]: leaves for path, leaves in layer.items()}, x)
+
+    assert_trains_as_a_list(name, params, stack.apply, apply_block)
+
+
+class EquinoxBlock(eqx.Module):
+    """The same in Equinox, for one example."""
+
+    up: eqx.nn.Linear
+    down: eqx.nn.Linear
+
+    def __init__(self, key):
+        up, down = jax.random.split(key)
+        self.up = eqx.nn.Linear(WIDTH, 2 * WIDTH, key=up)
+        self.down = eqx.nn.Linear(2 * WIDTH, WIDTH, key=down)
+
+    def __call__(self, x):
+        return x + self.down(jnp.tanh(self.up(x)))
+
+
+@every_clipper
+def test_vmapped_equinox_modules(name):
+    blocks = eqx.filter_vmap(EquinoxBlock)(jax.random.split(jax.random.key(0), LAYERS))
+    params, static = eqx.partition(blocks, eqx.is_array)
+
+    def apply_block(layer, x):
+        return jax.vmap(eqx.combine(layer, static))(x)
+
+    def apply_stack(params, x):
+        return jax.lax.scan(lambda x, layer: (apply_block(layer, x), None), x, params)[0]
+
+    assert_trains_as_a_list(name, params, apply_stack, apply_block)
+
+
+# Boxes.
+
+
+class Partitioned(nn.Module):
+    """Kernels with the names of their axes, as a mesh needs them."""
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_partitioning(nn.initializers.lecun_normal(), ("inputs", "outputs"))
+        for name in ("first", "second"):
+            x = nn.Dense(WIDTH, kernel_init=init, name=name)(x)
+        return x
+
+
+BOXED = Partitioned().init(jax.random.key(0), BATCHES[0])["params"]
+
+
+@pytest.mark.parametrize("scope", ["per_layer", "per_param"])
+def test_a_box_is_no_level_of_the_path(scope):
+    labels = smartclip.group_labels(scope, BOXED)
+    assert labels == smartclip.group_labels(scope, nn.unbox(BOXED))
+    assert "first" in labels or "first/kernel" in labels
+
+
+@pytest.mark.parametrize("name", CLIPPERS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_boxed_parameters_are_clipped_as_bare_ones(name, masked):
+    options = {"mask": masks.except_paths("kernel$")} if masked else {}
+    tx = CLIPPERS[name](max_norm=0.1, **options)
+    bare = nn.unbox(BOXED)
+    state = tx.init(BOXED)
+    in_boxes, _ = tx.update(BOXED, state, BOXED)
+    # Some trainers unbox between `init` and `update`.
+    expected, _ = tx.update(bare, state, bare)
+    assert_same_bits(nn.unbox(in_boxes), expected)
+    assert jax.tree.structure(in_boxes) == jax.tree.structure(BOXED)
+    kernels_are_clipped = np.any(expected["first"]["kernel"] != bare["first"]["kernel"])
+    assert kernels_are_clipped != masked

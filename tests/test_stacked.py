@@ -1,0 +1,343 @@
+"""Stacked leaves: a model whose layers are stacked is clipped as the one that lists its layers."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optax_smartclip as smartclip
+from optax_smartclip import masks
+from optax_smartclip.clippers.adagc import adagc_rule
+
+LAYERS, EXPERTS, STEPS = 3, 2, 18
+
+# As a list: the layers, each with experts; and what is in no layer.
+RANDOM = np.random.default_rng(0)
+SHAPES = {"kernel": (4, 5), "bias": (5,), "heads": (2, 3, 4), "scale": ()}
+EXPERT_SHAPES = {"up": (4, 6), "down": (6, 4)}
+
+# Where a stack keeps layers and experts; of a scalar there is nowhere else.
+PLACES = {"kernel": 1, "bias": 0, "heads": 3, "scale": 0}
+EXPERT_PLACES = {"up": (0, 1), "down": (2, 0)}
+
+STACKED = {
+    "experts/up": (0, 1),
+    "experts/down": (2, 0),
+    "layers/kernel": 1,
+    "layers/heads": -1,
+    "layers": 0,
+}
+
+
+def listed(numbers):
+    """The model with its layers, and their experts, in lists."""
+    return {
+        "layers": [
+            {
+                **{name: numbers((layer, name), shape) for name, shape in SHAPES.items()},
+                "experts": [
+                    {
+                        name: numbers((layer, expert, name), shape)
+                        for name, shape in EXPERT_SHAPES.items()
+                    }
+                    for expert in range(EXPERTS)
+                ],
+            }
+            for layer in range(LAYERS)
+        ],
+        "head": {"kernel": numbers("head", (5, 3)), "bias": numbers("head bias", (3,))},
+    }
+
+
+def stack(tree):
+    """The same with stacks in place of lists."""
+    layers = tree["layers"]
+
+    def experts(name):
+        layer_axis, expert_axis = EXPERT_PLACES[name]
+        rows = [[np.asarray(expert[name]) for expert in layer["experts"]] for layer in layers]
+        return np.moveaxis(np.array(rows), (0, 1), (layer_axis, expert_axis))
+
+    return {
+        "layers": {
+            **{
+                name: np.stack([layer[name] for layer in layers], axis=PLACES[name])
+                for name in SHAPES
+            },
+            "experts": {name: experts(name) for name in EXPERT_SHAPES},
+        },
+        "head": tree["head"],
+    }
+
+
+def gradients():
+    """A gradient for each step; in some, one layer or expert is not like the others."""
+    steps = []
+    for step in range(STEPS):
+
+        def numbers(place, shape, step=step):
+            values = RANDOM.normal(size=shape).astype(np.float32)
+            for at, where, factor in TROUBLE:
+                if step == at and place[: len(where)] == where:
+                    values = values * np.float32(factor)
+            return values
+
+        steps.append(listed(numbers))
+    return steps
+
+
+# The step, the layer (and its expert), and what its gradient is multiplied by.
+TROUBLE = [
+    (3, (0, 0), 0.0),
+    (7, (1,), np.nan),
+    (9, (1,), 1000.0),
+    (11, (2, 1), 50.0),
+    (12, (0, 0), 0.0),
+    (14, (2,), 1e25),
+    (15, (0,), 1e-25),
+]
+GRADIENTS = gradients()
+PARAMS = listed(lambda place, shape: RANDOM.normal(size=shape).astype(np.float32))
+
+
+def by_expert(path):
+    """A label for experts and one for the rest of a layer, whether listed or stacked."""
+    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    if "experts" in names:
+        at = names.index("experts")
+        numbers = [name for name in names if name.isdecimal()]
+        return ("experts", *numbers) if at else None
+    return ("rest", *(name for name in names[:2] if name.isdecimal()), names[0])
+
+
+CLIPPERS = {
+    "autoclip": partial(smartclip.autoclip, history=smartclip.ring_buffer(8)),
+    "autoclip_p50": partial(smartclip.autoclip, 50.0),
+    "autoclip_quantile": partial(
+        smartclip.autoclip, 90.0, history=smartclip.geometric_quantile(0.1)
+    ),
+    "autoclip_histogram": partial(smartclip.autoclip, 50.0, history=smartclip.log_histogram(0.1)),
+    "zscore_clip": partial(smartclip.zscore_clip, 1.0),
+    "zclip": partial(smartclip.zclip, 1.0, warmup_steps=4, max_norm=None),
+    "adagc": partial(smartclip.adagc, warmup_steps=4),
+    "agc": partial(smartclip.agc, 0.3),
+}
+SCOPES = {"per_param": "per_param", "per_layer": "per_layer", "labels": by_expert}
+
+
+def run(tx, params, grads):
+    """The updates of all steps, and the last state."""
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    updates = []
+    for gradient in grads:
+        clipped, state = update(gradient, state, params)
+        updates.append(clipped)
+    return updates, state
+
+
+def assert_close(actual, expected):
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), actual, expected)
+
+
+def group_name(label):
+    """A label with the numbers of layer and expert at its end, whichever way they are written."""
+    parts = label.replace("[", "/").replace(",", "/").replace("]", "").split("/")
+    numbers = [part for part in parts if part.isdecimal()]
+    return "/".join([part for part in parts if not part.isdecimal()] + numbers)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("name", CLIPPERS)
+def test_a_stack_is_clipped_as_the_list_of_its_layers(name, scope):
+    clipper = partial(CLIPPERS[name], scope=SCOPES[scope])
+    expected, in_list = run(clipper(), PARAMS, GRADIENTS)
+    stacks = list(map(stack, GRADIENTS))
+    actual, in_stack = run(clipper(stacked=STACKED), stack(PARAMS), stacks)
+    for updates, wanted in zip(actual, expected, strict=True):
+        assert_close(updates, stack(wanted))
+    if scope == "labels":
+        return
+    labels = list(map(group_name, smartclip.group_labels(SCOPES[scope], PARAMS)))
+    stack_labels = smartclip.group_labels(SCOPES[scope], stack(PARAMS), stacked=STACKED)
+    order = [labels.index(group_name(label)) for label in stack_labels]
+    assert sorted(order) == list(range(len(labels)))
+    assert_close(in_stack, jax.tree.map(lambda leaf: leaf[np.array(order)], in_list))
+
+
+@pytest.mark.parametrize("unit_axes", [None, "flax", lambda path, shape: len(shape) - 1])
+def test_units_are_those_of_one_slice(unit_axes):
+    agc = partial(smartclip.agc, 0.3, unit_axes=unit_axes, mask=masks.except_paths("scale$"))
+    expected, in_list = run(agc(), PARAMS, GRADIENTS)
+    stacks = list(map(stack, GRADIENTS))
+    actual, in_stack = run(agc(stacked=STACKED), stack(PARAMS), stacks)
+    for updates, wanted in zip(actual, expected, strict=True):
+        assert_close(updates, stack(wanted))
+    assert_close(in_stack, in_list)
+
+
+def test_a_mask_sees_the_shape_of_one_slice():
+    agc = partial(smartclip.agc, 0.01, mask=masks.except_vectors)
+    expected, _ = run(agc(), PARAMS, GRADIENTS[:1])
+    (actual,), _ = run(agc(stacked=STACKED), stack(PARAMS), [stack(GRADIENTS[0])])
+    assert_close(actual, stack(expected[0]))
+    np.testing.assert_array_equal(actual["layers"]["bias"], stack(GRADIENTS[0])["layers"]["bias"])
+
+
+def test_a_function_of_path_and_shape_says_the_same_as_a_mapping():
+    def stacked(path, shape):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not name.startswith("layers"):
+            return None
+        return {"up": (0, 1), "down": (2, 0), "kernel": 1, "heads": len(shape) - 1}.get(
+            name.rpartition("/")[2], 0
+        )
+
+    params = stack(PARAMS)
+    labels = partial(smartclip.group_labels, "per_param", params)
+    assert labels(stacked=stacked) == labels(stacked=STACKED)
+
+
+def test_leaves_of_one_layer_share_the_group_of_their_index():
+    labels = smartclip.group_labels("per_layer", stack(PARAMS), stacked=STACKED)
+    assert sorted(labels) == [
+        "head",
+        *(f"layers/experts[{layer},{e}]" for layer in range(LAYERS) for e in range(EXPERTS)),
+        *(f"layers[{layer}]" for layer in range(LAYERS)),
+    ]
+
+
+def test_stacks_of_other_lengths_under_one_label_are_apart():
+    params = {"a": jnp.zeros((2, 3)), "b": jnp.zeros((4, 3)), "c": jnp.zeros(3)}
+    scope = {"a": "all", "b": "all", "c": "all"}
+    labels = smartclip.group_labels(scope, params, stacked={"a|b": 0})
+    assert labels == (*(f"all[{i}]" for i in range(2)), *(f"all[{i}]" for i in range(4)), "all")
+
+
+@pytest.mark.parametrize("layers", [4, 16])
+@pytest.mark.parametrize("name", [*CLIPPERS, "agc_unit"])
+def test_the_program_does_not_grow_with_the_number_of_layers(name, layers):
+    clipper = smartclip.agc if name == "agc_unit" else partial(CLIPPERS[name], scope="per_layer")
+    tx = clipper(stacked={"layers": 0})
+
+    def size(layers):
+        params = {"layers": {"w": jnp.ones((layers, 4, 4)), "b": jnp.ones((layers, 4))}}
+        lowered = jax.jit(tx.update).lower(params, tx.init(params), params)
+        return len(lowered.as_text().splitlines())
+
+    assert size(layers) == size(2)
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        partial(smartclip.clip_by_rule, adagc_rule(1.04, 0.99, None, None, 0)),
+        smartclip.autoclip,
+        smartclip.zclip,
+        partial(smartclip.group_labels, "global", {}),
+    ],
+)
+def test_in_the_scope_global_there_is_nothing_to_stack(factory):
+    with pytest.raises(ValueError, match="`stacked` must be None with scope='global'"):
+        factory(stacked={"layers": 0})
+
+
+@pytest.mark.parametrize(
+    ("stacked", "message"),
+    [
+        (0, "must be a mapping from regular expressions to axes"),
+        ({}, "must be a mapping from regular expressions to axes"),
+        ({"(": 0}, r"must have regular expressions for keys, got '\('"),
+        ({0: 0}, "must have regular expressions for keys, got 0"),
+        ({"layers": "0"}, "must map to an axis .* got '0' for 'layers'"),
+        ({"layers": True}, "must map to an axis .* got True for 'layers'"),
+        ({"layers": (0, 1.0)}, "must map to an axis"),
+    ],
+)
+def test_a_wrong_argument_is_refused_where_it_was_made(stacked, message):
+    with pytest.raises(ValueError, match=message):
+        smartclip.autoclip(scope="per_param", stacked=stacked)
+    with pytest.raises(ValueError, match=message):
+        smartclip.agc(stacked=stacked)
+
+
+@pytest.mark.parametrize(
+    ("stacked", "message"),
+    [
+        ({"layer_s": 0}, "'layer_s' matches none of head/bias, head/kernel, layers/bias"),
+        ({"layers": 1}, r"must name axes of 'layers/bias', which has the shape \(3,\), .* got 1"),
+        ({"kernel": (0, -2)}, "must name axes of 'head/kernel', .* each once"),
+        (lambda path, shape: "0", "must name axes of 'head/bias'"),
+    ],
+)
+def test_what_does_not_fit_the_parameters_is_refused_by_init(stacked, message):
+    params = {
+        "layers": {"bias": jnp.zeros(3), "kernel": jnp.zeros((3, 2))},
+        "head": {"bias": jnp.zeros(3), "kernel": jnp.zeros((3, 2))},
+    }
+    for clipper in (partial(smartclip.autoclip, scope="per_param"), smartclip.agc):
+        tx = clipper(stacked=stacked)
+        with pytest.raises(ValueError, match=message):
+            tx.init(params)
+
+
+def test_counters_and_keys_need_no_axis():
+    params = {"layers": {"w": jnp.ones((2, 3)), "count": jnp.zeros((), jnp.int32)}}
+    tx = smartclip.autoclip(scope="per_param", stacked={"layers": 0}, max_norm=1.0)
+    updates, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(updates["layers"]["w"], np.full((2, 3), 3**-0.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_long_sums_over_a_stack_are_right(axis):
+    shape = [512, 512]
+    shape.insert(axis, 3)
+    gradient = np.random.default_rng(1).normal(size=shape).astype(np.float32) + 1.0
+    others = tuple(i for i in range(3) if i != axis)
+    expected = np.sqrt(np.sum(np.float64(gradient) ** 2, axis=others))
+    tx = smartclip.autoclip(scope="per_param", stacked={"": axis})
+    _, state = jax.jit(tx.update)(gradient, tx.init(gradient))
+    np.testing.assert_allclose(smartclip.metrics(state)["grad_norm"], expected, rtol=1e-5)
+
+
+def test_a_vmapped_ensemble_is_clipped_as_a_stack_of_its_members():
+    params = {"w": RANDOM.normal(size=(4, 3, 2)), "b": RANDOM.normal(size=(4, 2))}
+    params = jax.tree.map(np.float32, params)
+    grads = [jax.tree.map(lambda p, i=i: p * np.float32(1 + i % 3), params) for i in range(8)]
+    options = {"scope": "per_param", "history": smartclip.ring_buffer(4)}
+    expected = jax.vmap(smartclip.autoclip(**options).init)(params)
+    update = jax.jit(jax.vmap(smartclip.autoclip(**options).update))
+    tx = smartclip.autoclip(**options, stacked={"": 0})
+    state = tx.init(params)
+    for gradient in grads:
+        wanted, expected = update(gradient, expected)
+        updates, state = jax.jit(tx.update)(gradient, state)
+        assert_close(updates, wanted)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(smartclip.AutoClip, warmup_steps=0, min_history=0),
+        partial(smartclip.ZScoreClip, zmax=1.0, warmup_steps=3, min_history=0),
+        partial(smartclip.AGC, clipping=0.1),
+    ],
+)
+@pytest.mark.parametrize("scope", ["per_param", "per_layer"])
+def test_stateful_clippers_take_stacks_apart_as_well(make, scope):
+    in_list, in_stack = make(scope=scope), make(scope=scope, stacked=STACKED)
+    records = []
+    for step, gradient in enumerate(GRADIENTS):
+        expected = smartclip.apply_grads(gradient, PARAMS, in_list)
+        if step == 6:
+            # Resumed: what is stacked is said by the run, not by the saved state.
+            saved = in_stack.state_dict()
+            in_stack = make(scope=scope, stacked=STACKED)
+            in_stack.load_state_dict(saved)
+        actual = smartclip.apply_grads(
+            stack(gradient), stack(PARAMS), in_stack, on_metrics=records.append
+        )
+        assert_close(actual, stack(expected))
+    assert any("[1]" in record["key"][1] and record["clipped"] for record in records)
