@@ -1,6 +1,6 @@
 """Stacked layers on eight devices: the stacked axis whole or split, and experts on several of them.
 
-Every clipper does what it does on one device, and only arrays with a number for each group travel.
+Every clipper does what it does on one device, and no gradient travels.
 """
 
 import math
@@ -98,7 +98,7 @@ def test_a_stack_on_a_mesh_is_clipped_as_on_one_device(name, layout, mode):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_only_one_number_for_each_group_travels(layout):
+def test_no_gradient_travels_but_norms_and_what_is_remembered_of_them(layout):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     place = place_on(mesh, LAYOUTS[layout])
     tx = CLIPPERS["autoclip"](stacked=STACKED)
@@ -109,6 +109,6 @@ def test_only_one_number_for_each_group_travels(layout):
     results = re.findall(rf" = (\S+|\(.*?\)) {kinds}(?:-start)?\(", text)
     shapes = [shape for result in results for shape in re.findall(r"\w+\[([\d,]*)\]", result)]
     assert shapes
-    # An array that is not divisible by the number of devices travels with padding.
+    # XLA may split the windows, of four norms, by groups. What is not divisible is padded.
     for shape in shapes:
-        assert math.prod(map(int, filter(None, shape.split(",")))) < NUM_GROUPS + mesh.size
+        assert math.prod(map(int, filter(None, shape.split(",")))) < 4 * (NUM_GROUPS + mesh.size)
