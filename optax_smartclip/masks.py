@@ -7,13 +7,13 @@ Each is a function of the parameters that returns a tree of bools with their str
 serve `optax.masked` and `optax.adamw(mask=...)` as well.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
+from optax_smartclip.engine import checks
 from optax_smartclip.engine.trees import KeyPath, PyTree, flatten, path_name, unbox
 
 MaskFn = Callable[[PyTree], PyTree]
@@ -41,23 +41,14 @@ def except_paths(*patterns: str) -> MaskFn:
     """
     if not patterns:
         raise ValueError("`patterns` must have at least one regular expression, got none.")
-    compiled = []
-    for pattern in patterns:
-        try:
-            compiled.append(re.compile(pattern))
-        except re.error as error:
-            raise ValueError(
-                f"`patterns` must be regular expressions, got {pattern!r}: {error}."
-            ) from error
+    compiled = [
+        checks.compile_pattern("`patterns` must be regular expressions", pattern)
+        for pattern in patterns
+    ]
 
     def mask(params: PyTree) -> PyTree:
         names = [path_name(path) for path in flatten(params)]
-        for pattern in compiled:
-            if names and not any(pattern.search(name) for name in names):
-                raise ValueError(
-                    f"`patterns` must each match a parameter's path, but {pattern.pattern!r} "
-                    f"matches none of {', '.join(names[:8])}{', ...' if names[8:] else ''}."
-                )
+        checks.check_patterns_match("`patterns` must", compiled, names)
         return _map_leaves(
             lambda path, _: not any(pattern.search(path_name(path)) for pattern in compiled), params
         )

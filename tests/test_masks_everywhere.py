@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from clipper_table import CLIPPERS
+from steps import run
 from trees import assert_same_bits
 
 import optax_smartclip as smartclip
@@ -27,16 +28,6 @@ MASKS = {
 def gradient(step):
     rng = np.random.default_rng(step)
     return jax.tree.map(lambda p: np.float32(rng.lognormal(size=p.shape)), PARAMS)
-
-
-def run(tx, params, grads):
-    state = tx.init(params)
-    update = jax.jit(tx.update)
-    updates = []
-    for gradient in grads:
-        clipped, state = update(gradient, state, params)
-        updates.append(clipped)
-    return updates, state
 
 
 @pytest.mark.parametrize("bad", [1e30, np.nan])

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import trees
+from steps import run
 
 import optax_smartclip as smartclip
 from optax_smartclip import masks
@@ -105,11 +107,8 @@ PARAMS = listed(lambda place, shape: RANDOM.normal(size=shape).astype(np.float32
 def by_expert(path):
     """A label for experts and one for the rest of a layer, whether listed or stacked."""
     names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    if "experts" in names:
-        at = names.index("experts")
-        numbers = [name for name in names if name.isdecimal()]
-        return ("experts", *numbers) if at else None
-    return ("rest", *(name for name in names[:2] if name.isdecimal()), names[0])
+    numbers = [name for name in names if name.isdecimal()]
+    return ("experts" if "experts" in names else names[0], *numbers)
 
 
 CLIPPERS = {
@@ -127,19 +126,7 @@ CLIPPERS = {
 SCOPES = {"per_param": "per_param", "per_layer": "per_layer", "labels": by_expert}
 
 
-def run(tx, params, grads):
-    """The updates of all steps, and the last state."""
-    state = tx.init(params)
-    update = jax.jit(tx.update)
-    updates = []
-    for gradient in grads:
-        clipped, state = update(gradient, state, params)
-        updates.append(clipped)
-    return updates, state
-
-
-def assert_close(actual, expected):
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), actual, expected)
+assert_close = partial(trees.assert_close, rtol=1e-5)
 
 
 def group_name(label):

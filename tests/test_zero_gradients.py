@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from clipper_table import CLIPPERS, WEIGHT_BASED
+from steps import run, runner
 from trees import assert_same_bits
 
 import optax_smartclip as smartclip
@@ -39,21 +40,6 @@ GRADIENTS = [gradient(step) for step in range(STEPS)]
 ZERO = jax.tree.map(np.zeros_like, GRADIENTS[0])
 
 
-def runner(tx):
-    """Runs a stream of gradients: what each step returns, and the last state."""
-    update = jax.jit(tx.update)
-
-    def run(grads):
-        state = tx.init(PARAMS)
-        updates = []
-        for gradient in grads:
-            clipped, state = update(gradient, state, PARAMS)
-            updates.append(clipped)
-        return updates, state
-
-    return run
-
-
 def those(live, values):
     """The values of the live steps."""
     return [value for value, on in zip(values, live, strict=True) if on]
@@ -71,7 +57,7 @@ def silenced(live, group=None):
 @pytest.mark.parametrize("warmup_steps", [0, 5])
 @pytest.mark.parametrize("name", CLIPPERS)
 def test_live_steps_are_those_of_a_run_without_the_zeros(name, warmup_steps):
-    run = runner(CLIPPERS[name](warmup_steps=warmup_steps))
+    run = runner(CLIPPERS[name](warmup_steps=warmup_steps), PARAMS)
     for live in PATTERNS.values():
         expected, wanted = run(those(live, GRADIENTS))
         updates, state = run(silenced(live))
@@ -84,7 +70,7 @@ def test_live_steps_are_those_of_a_run_without_the_zeros(name, warmup_steps):
 @pytest.mark.parametrize("scope", ["per_param", "per_layer", lambda path: path[0].key])
 @pytest.mark.parametrize("name", sorted(set(CLIPPERS) - WEIGHT_BASED))
 def test_so_are_those_of_a_group_whose_gradient_alone_is_zero(name, scope):
-    run = runner(CLIPPERS[name](scope=scope))
+    run = runner(CLIPPERS[name](scope=scope), PARAMS)
     all_live, _ = run(GRADIENTS)
     for live in PATTERNS.values():
         updates, _ = run(silenced(live, "z"))
@@ -95,7 +81,7 @@ def test_so_are_those_of_a_group_whose_gradient_alone_is_zero(name, scope):
 
 def test_skip_spikes_judges_live_steps_by_live_steps():
     inner = optax.chain(smartclip.autoclip(), optax.sgd(1.0))
-    run = runner(smartclip.skip_spikes(inner, warmup_steps=4, max_consecutive=2))
+    run = runner(smartclip.skip_spikes(inner, warmup_steps=4, max_consecutive=2), PARAMS)
     for live in PATTERNS.values():
         expected, wanted = run(those(live, GRADIENTS))
         updates, state = run(silenced(live))
@@ -116,7 +102,7 @@ def test_losses_are_judged_in_steps_without_a_gradient():
 @pytest.mark.parametrize("every", [8, 2])
 def test_a_low_percentile_goes_on_training(every):
     live = np.arange(STEPS) % every != 0
-    updates, _ = runner(smartclip.autoclip(10.0))(silenced(live))
+    updates, _ = run(smartclip.autoclip(10.0), PARAMS, silenced(live))
     assert min(float(optax.tree.norm(update)) for update in those(live, updates)) > 0
 
 

@@ -6,6 +6,8 @@ of them, may be traced and then has no value yet.
 """
 
 import numbers
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -76,6 +78,24 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         allowed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
+
+
+def compile_pattern(must: str, pattern: Any) -> re.Pattern[str]:
+    """A regular expression; raises ValueError if it is none. `must` says where they are allowed."""
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{must}, got {pattern!r}: {error}.") from error
+
+
+def check_patterns_match(must: str, patterns: Iterable[re.Pattern[str]], names: list[str]) -> None:
+    """Raises ValueError if a pattern matches no name of a leaf: it is a misspelt one."""
+    for pattern in patterns:
+        if names and not any(pattern.search(name) for name in names):
+            raise ValueError(
+                f"{must} each match a parameter's path, but {pattern.pattern!r} "
+                f"matches none of {', '.join(names[:8])}{', ...' if names[8:] else ''}."
+            )
 
 
 def check_shared(warmup_steps: Any, max_norm: Any, nonfinite: Any) -> None:

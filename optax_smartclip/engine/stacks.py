@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from optax_smartclip.engine import checks
 from optax_smartclip.engine.norms import is_inexact
 from optax_smartclip.engine.partitions import WHOLE, Stack
 from optax_smartclip.engine.trees import KeyPath, PyTree, flatten, path_name, unbox
@@ -42,12 +43,7 @@ def check_stacked(stacked: Stacked, scope: Any) -> None:
             f"a function of key path and shape, got {stacked!r}."
         )
     for pattern, axes in stacked.items():
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"`stacked` must have regular expressions for keys, got {pattern!r}: {error}."
-            ) from error
+        checks.compile_pattern("`stacked` must have regular expressions for keys", pattern)
         if not _is_axes(axes):
             raise ValueError(
                 "`stacked` must map to an axis (a Python int) or a tuple of axes, got "
@@ -89,12 +85,8 @@ def _by_pattern(
     stacked: Mapping[str, Axes], leaves: dict[KeyPath, Any]
 ) -> Callable[[KeyPath, tuple[int, ...]], Any]:
     names = [path_name(path) for path in leaves]
-    for pattern in stacked:
-        if names and not any(re.search(pattern, name) for name in names):
-            raise ValueError(
-                f"`stacked` must have patterns that each match a parameter's path, but {pattern!r} "
-                f"matches none of {', '.join(names[:8])}{', ...' if names[8:] else ''}."
-            )
+    patterns = [re.compile(pattern) for pattern in stacked]
+    checks.check_patterns_match("`stacked` must have patterns that", patterns, names)
 
     def axes_of(path: KeyPath, shape: tuple[int, ...]) -> Axes | None:
         del shape

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from steps import run
 from trees import assert_close, random_tree
 
 import optax_smartclip as smartclip
@@ -61,18 +62,6 @@ CLIPPERS = {
 }
 
 
-def run(tx, place=lambda tree: tree):
-    params = place(PARAMS)
-    state = tx.init(params)
-    update = jax.jit(tx.update)
-    updates = []
-    for grads in GRADS:
-        # Steps in flight together can starve each other of threads: devices outnumber the cores.
-        clipped, state = jax.block_until_ready(update(place(grads), state, params))
-        updates.append(clipped)
-    return updates, state
-
-
 def place_on(mesh, specs):
     return lambda tree: jax.tree.map(
         lambda leaf, spec: jax.device_put(
@@ -88,10 +77,10 @@ def place_on(mesh, specs):
 @pytest.mark.parametrize("name", CLIPPERS)
 def test_a_stack_on_a_mesh_is_clipped_as_on_one_device(name, layout, mode):
     tx = CLIPPERS[name](stacked=STACKED)
-    expected = run(tx)
+    expected = run(tx, PARAMS, GRADS)
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(mode,) * 2)
     with jax.set_mesh(mesh):
-        updates, state = run(tx, place_on(mesh, LAYOUTS[layout]))
+        updates, state = run(tx, PARAMS, GRADS, place_on(mesh, LAYOUTS[layout]))
     assert_close((updates, state), expected, rtol=1e-5, atol=1e-37)
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
     assert np.max(state.last.num_clipped) > 0
