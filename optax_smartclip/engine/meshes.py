@@ -101,9 +101,14 @@ def _vary_along(leaf: Any, axes: frozenset[Any]) -> Any:
 
 
 def replicate(array: Array) -> Array:
-    """The array, whole on every device of a mesh with explicit axes; as it is on any other."""
+    """The array, whole on every device of a mesh that `jax.set_mesh` has set."""
+    nowhere = PartitionSpec(*[None] * array.ndim)
     sharding = jax.typeof(array).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types or not any(sharding.spec):
-        return array
-    whole: Array = jax.sharding.reshard(array, PartitionSpec(*[None] * array.ndim))
-    return whole
+    if AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
+        whole: Array = jax.sharding.reshard(array, nowhere)
+        return whole
+    # Inside `shard_map`, what is left to the compiler stays so.
+    if set(jax.sharding.get_abstract_mesh().axis_types) == {AxisType.Auto}:
+        whole = jax.lax.with_sharding_constraint(array, nowhere)
+        return whole
+    return array
