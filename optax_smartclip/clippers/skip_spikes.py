@@ -18,15 +18,16 @@ import optax
 from jaxtyping import Array, Bool, Float32, Int32
 
 from optax_smartclip.engine import checks
+from optax_smartclip.engine.dtypes import as_float32
 from optax_smartclip.engine.groups import LeafMask, assign_groups
+from optax_smartclip.engine.known_norms import known_norm
 from optax_smartclip.engine.meshes import AxisName, vary_as, vary_as_before
 from optax_smartclip.engine.metrics import SkipMetrics, increment_where
-from optax_smartclip.engine.norms import as_float32, group_norms, known_norm
+from optax_smartclip.engine.norms import group_norms
 from optax_smartclip.engine.partitions import one_group
-from optax_smartclip.engine.rule import clippable_leaves
 from optax_smartclip.engine.scaling import has_reached
 from optax_smartclip.engine.states import register_with_flax, select_groups, state
-from optax_smartclip.engine.trees import PyTree
+from optax_smartclip.engine.trees import PyTree, clippable_leaves
 from optax_smartclip.histories.history import HistoryState, NormHistory
 from optax_smartclip.histories.ring_buffer import MAX_SIZE, ring_buffer
 

@@ -12,21 +12,20 @@ two to four times as long as one, and a loop costs nothing: there the scaled sum
 reading, in the rare step that needs them. The choice is made when a program is lowered.
 """
 
-import contextlib
-import contextvars
-import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Inexact
 
+from optax_smartclip.engine.dtypes import as_float32
+from optax_smartclip.engine.known_norms import find_known_norm
 from optax_smartclip.engine.meshes import AxisName, SumOverDevices, axis_names
-from optax_smartclip.engine.partitions import GroupValues, Partition, Terms, one_group
+from optax_smartclip.engine.partitions import GroupValues, Partition, Terms
 
 Norms = Float32[Array, " groups"]
 Mask = Bool[Array, " groups"]
@@ -54,44 +53,10 @@ def group_norms(
     if not arrays or not partition.has_scaled_sums:
         return norms_in_range(arrays, partition, axis_name=axis_name)
     names = axis_names(axis_name)
-    known = _known.get()
-    if known is not None and known.is_norm_of(arrays, partition, names):
-        return known.norm[None]
+    norm = find_known_norm(arrays, partition, names)
+    if norm is not None:
+        return norm[None]
     return _compiled_group_norms(partition, names, arrays)
-
-
-@dataclasses.dataclass(frozen=True)
-class _KnownNorm:
-    arrays: list[Array]
-    norm: Float32[Array, ""]
-    names: tuple[str, ...]
-
-    def is_norm_of(self, arrays: list[Array], partition: Partition, names: tuple[str, ...]) -> bool:
-        return (
-            partition == one_group(len(self.arrays))
-            and names == self.names
-            and all(one is other for one, other in zip(arrays, self.arrays, strict=True))
-        )
-
-
-_known: contextvars.ContextVar[_KnownNorm | None] = contextvars.ContextVar("known", default=None)
-
-
-@contextlib.contextmanager
-def known_norm(
-    arrays: list[Inexact[Array, "..."]], norm: Float32[Array, ""], axis_name: AxisName
-) -> Iterator[None]:
-    """While it lasts, `group_norms` of all of these very arrays, as one group, is `norm`.
-
-    A wrapper tells the clippers inside it what it has computed. They find it by the identity of
-    the arrays, so whatever else they measure (other leaves, a gradient that a link before them has
-    changed) is measured as always, however deep in a chain they are.
-    """
-    token = _known.set(_KnownNorm(arrays, norm, axis_names(axis_name)))
-    try:
-        yield
-    finally:
-        _known.reset(token)
 
 
 def norms_in_range(
@@ -247,20 +212,13 @@ def _group_norms_jvp(
 _compiled_group_norms = jax.jit(_group_norms, static_argnums=(0, 1))
 
 
-def is_inexact(leaf: Any) -> bool:
-    """Whether a leaf has a norm: not so for integers, float0 and random keys."""
-    return bool(jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact))
+def has_gradient(norms: Float32[Array, " *groups"]) -> Bool[Array, " *groups"]:
+    """Which groups have a norm that something can be learnt from.
 
-
-def as_float32(value: Any) -> Float32[Array, "..."]:
-    """A number or array as float32, whatever it was: also under strict dtype promotion."""
-    return jnp.asarray(value).astype(jnp.float32)
-
-
-def working_dtype(dtype: Any) -> Any:
-    """Where values of `dtype` are computed: float32 for narrower types, else the type itself."""
-    # By size, because promote_types knows no result for the 8-bit types.
-    return dtype if jnp.dtype(dtype).itemsize > 4 else jnp.dtype(jnp.float32)
+    A zero says nothing about a scale: experts without tokens, frozen layers and heads that are
+    trained in turn have it in many steps.
+    """
+    return jnp.isfinite(norms) & (norms > 0)
 
 
 def _accumulator(arrays: list[Array]) -> Any:

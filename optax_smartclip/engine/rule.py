@@ -11,17 +11,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float32
 
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.groups import Groups, LeafMask, Scope, assign_groups, check_scope
 from optax_smartclip.engine.meshes import AxisName, vary_as, vary_as_before
 from optax_smartclip.engine.metrics import increment_where, next_metrics
-from optax_smartclip.engine.norms import Norms, group_norms, is_inexact
+from optax_smartclip.engine.norms import Norms, group_norms, has_gradient
 from optax_smartclip.engine.scaling import limit_threshold, scale_arrays, signed_scale
 from optax_smartclip.engine.stacks import Stacked, check_stacked
-from optax_smartclip.engine.states import ClipState, init_state, register_with_flax, select_groups
-from optax_smartclip.engine.trees import KeyPath, PyTree, flatten, replace_leaves
+from optax_smartclip.engine.states import (
+    ClipState,
+    check_num_groups,
+    init_state,
+    register_with_flax,
+    select_groups,
+)
+from optax_smartclip.engine.trees import PyTree, clippable_leaves, replace_leaves
 
 RuleState = Any
 
@@ -188,37 +193,6 @@ def clip_by_rule(
         return clipped_updates, vary_as_before(next_state, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def check_num_groups(state: ClipState, num_groups: int) -> None:
-    """Raises ValueError if a state was initialised for another number of groups."""
-    if state.num_observed.shape != (num_groups,):
-        raise ValueError(
-            f"The state must have 'num_observed' of shape {(num_groups,)}, one entry for each "
-            f"group of the gradient, got {state.num_observed.shape}. Groups are those of the "
-            "parameters that `init` was called with. If leaves of the gradient are None where "
-            "the parameters are not, pass `params` to `update`."
-        )
-
-
-def clippable_leaves(
-    updates: PyTree, takes_part: Callable[[KeyPath], bool]
-) -> dict[KeyPath, Array]:
-    """The leaves that take part and have a norm, as arrays by key path."""
-    return {
-        path: jnp.asarray(leaf)
-        for path, leaf in flatten(updates).items()
-        if is_inexact(leaf) and takes_part(path)
-    }
-
-
-def has_gradient(norms: Float32[Array, " *groups"]) -> Bool[Array, " *groups"]:
-    """Which groups have a norm that something can be learnt from.
-
-    A zero says nothing about a scale: experts without tokens, frozen layers and heads that are
-    trained in turn have it in many steps.
-    """
-    return jnp.isfinite(norms) & (norms > 0)
 
 
 def _given_norm(grad_norm: Any, scope: Scope) -> Norms:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Inexact, Int32
 
-from optax_smartclip.engine.norms import as_float32, working_dtype
+from optax_smartclip.engine.dtypes import as_float32, working_dtype
 from optax_smartclip.engine.partitions import GroupValues, Partition
 
 # In place of a scale, where the norm is not finite.

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from optax_smartclip.engine import checks
-from optax_smartclip.engine.norms import is_inexact
+from optax_smartclip.engine.dtypes import is_inexact
 from optax_smartclip.engine.partitions import WHOLE, Stack
 from optax_smartclip.engine.trees import KeyPath, PyTree, flatten, path_name, unbox
 

@@ -76,6 +76,17 @@ def init_state(rule: Any, num_groups: int) -> ClipState:
     )
 
 
+def check_num_groups(state: ClipState, num_groups: int) -> None:
+    """Raises ValueError if a state was initialised for another number of groups."""
+    if state.num_observed.shape != (num_groups,):
+        raise ValueError(
+            f"The state must have 'num_observed' of shape {(num_groups,)}, one entry for each "
+            f"group of the gradient, got {state.num_observed.shape}. Groups are those of the "
+            "parameters that `init` was called with. If leaves of the gradient are None where "
+            "the parameters are not, pass `params` to `update`."
+        )
+
+
 def select_groups(mask: Mask, new: T, old: T) -> T:
     """The new state for the groups in `mask`, the old one for the others."""
 

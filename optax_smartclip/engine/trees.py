@@ -5,9 +5,14 @@ that a parameter has the same key path when `init` sees it and when `update` doe
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from optax_smartclip.engine.dtypes import is_inexact
 
 KeyPath = tuple[Any, ...]
 PyTree = Any
@@ -72,6 +77,17 @@ def path_name(path: KeyPath) -> str:
 def leaves_by_name(tree: PyTree) -> dict[str, Any]:
     """The leaves of `tree` by the name of their path."""
     return {path_name(path): leaf for path, leaf in flatten(tree).items()}
+
+
+def clippable_leaves(
+    updates: PyTree, takes_part: Callable[[KeyPath], bool]
+) -> dict[KeyPath, Array]:
+    """The leaves that take part and have a norm, as arrays by key path."""
+    return {
+        path: jnp.asarray(leaf)
+        for path, leaf in flatten(updates).items()
+        if is_inexact(leaf) and takes_part(path)
+    }
 
 
 def replace_leaves(tree: PyTree, leaves: dict[KeyPath, Any]) -> PyTree:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from optax_smartclip.engine import checks
-from optax_smartclip.engine.norms import LARGEST, Norms, as_float32
+from optax_smartclip.engine.dtypes import as_float32
+from optax_smartclip.engine.norms import LARGEST, Norms
 from optax_smartclip.engine.states import select_groups, state
 from optax_smartclip.histories.history import NormHistory, Percentile
 from optax_smartclip.histories.ring_buffer import RingBufferState, ring_buffer

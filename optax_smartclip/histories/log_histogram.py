@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import Array, Float32, Num
 
 from optax_smartclip.engine import checks
-from optax_smartclip.engine.norms import LARGEST, Norms, as_float32
+from optax_smartclip.engine.dtypes import as_float32
+from optax_smartclip.engine.norms import LARGEST, Norms
 from optax_smartclip.engine.states import state
 from optax_smartclip.histories.history import NormHistory, Percentile
 from optax_smartclip.histories.ranks import rank

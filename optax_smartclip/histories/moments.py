@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
-from optax_smartclip.engine.norms import Norms, as_float32, is_inexact
+from optax_smartclip.engine.dtypes import as_float32, is_inexact
+from optax_smartclip.engine.norms import Norms
 from optax_smartclip.engine.states import state
 
 # The smallest standard deviation, in units of the mean: rounding noise on a constant norm is no

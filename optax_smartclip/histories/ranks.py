@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
-from optax_smartclip.engine.norms import as_float32
+from optax_smartclip.engine.dtypes import as_float32
 
 # Percentiles are counted in parts of a percent: a power of two of them, so that nothing is
 # rounded, and few enough for the products below to fit into 32 bits.

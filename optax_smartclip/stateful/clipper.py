@@ -22,8 +22,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from optax_smartclip.engine import checks
+from optax_smartclip.engine.dtypes import is_inexact
 from optax_smartclip.engine.groups import SCOPES, Groups, assign_groups
-from optax_smartclip.engine.norms import Norms, is_inexact
+from optax_smartclip.engine.norms import Norms
 from optax_smartclip.engine.stacks import Stacked, check_stacked, find_stacks, slice_shapes
 from optax_smartclip.engine.states import ClipState, init_state
 from optax_smartclip.engine.trees import PyTree, flatten, replace_leaves, unbox

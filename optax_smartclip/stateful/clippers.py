@@ -16,7 +16,8 @@ from optax_smartclip.clippers.agc import agc
 from optax_smartclip.clippers.autoclip import AUTO_WINDOW, fence_rule, percentile_rule
 from optax_smartclip.clippers.zscore_clip import zscore_rule
 from optax_smartclip.engine import checks
-from optax_smartclip.engine.norms import LARGEST, Norms, as_float32, group_norms
+from optax_smartclip.engine.dtypes import as_float32
+from optax_smartclip.engine.norms import LARGEST, Norms, group_norms
 from optax_smartclip.engine.rule import RuleState, ThresholdRule, clip_by_rule
 from optax_smartclip.engine.stacks import Stacked
 from optax_smartclip.engine.states import ClipState

@@ -1,7 +1,5 @@
 """AGC against optax.adaptive_grad_clip, the paper's equation and the smartclip package."""
 
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +9,6 @@ from smartclip.core import agc as reference_agc
 
 import optax_smartclip as smartclip
 from optax_smartclip import masks
-from optax_smartclip.clippers import agc
-from optax_smartclip.engine.metrics import init_metrics
 
 SHAPES = {
     "scalar": (),
@@ -113,12 +109,6 @@ def test_a_vector_is_one_unit_in_every_layout(unit_axes):
         np.testing.assert_allclose(updates[name], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("shape", "reduced"), [((4,), None), ((), None), ((4, 1), (0,))])
-def test_of_what_is_split_over_devices_only_rank_one_is_a_vector(shape, reduced):
-    # An axis of size 1 may be longer in the whole.
-    assert agc.reduced_axes((), shape, None, True) == reduced
-
-
 @pytest.mark.parametrize(
     ("scope", "groups"),
     [
@@ -176,22 +166,6 @@ def test_metrics_of_units_are_the_smallest_scale_and_the_share_that_is_clipped()
     assert record["clip_threshold"] == 1
     assert record["clipped"] == 0.5
     assert record["clipped"].dtype == jnp.float32
-
-
-SCALES = st.sampled_from([-1.0, 0.0, 1e-30, 0.25, 0.5, 1.0])
-
-
-@hypothesis.given(st.lists(st.lists(SCALES, min_size=1, max_size=4), min_size=1, max_size=3))
-@hypothesis.example([[0.5, 1.0], [0.25]])
-@hypothesis.example([[-1.0, 1.0], [1.0]])
-def test_the_summary_is_that_of_all_units_whichever_leaf_they_are_in(leaves):
-    scales = [jnp.float32(leaf) for leaf in leaves]
-    norms = [jnp.ones_like(scale) for scale in scales]
-    record = agc.report_units(init_metrics(1), norms, norms, scales, "zero")
-    units = np.float32([scale for leaf in leaves for scale in leaf])
-    np.testing.assert_array_equal(record.clip_scale, max(np.min(units), 0.0))
-    np.testing.assert_array_equal(np.isfinite(record.grad_norm), np.min(units) >= 0)
-    np.testing.assert_allclose(record.clipped, np.mean((units >= 0) & (units < 1)), rtol=1e-6)
 
 
 def test_units_at_their_thresholds_are_not_reported_as_clipped():

@@ -7,7 +7,8 @@ import pytest
 import reference
 from compat import enable_x64
 
-from optax_smartclip.engine.norms import group_norms, is_inexact, norms_in_range, working_dtype
+from optax_smartclip.engine.dtypes import is_inexact, working_dtype
+from optax_smartclip.engine.norms import group_norms, norms_in_range
 from optax_smartclip.engine.partitions import Leaves, Units
 
 RANDOM = np.random.default_rng(0)
