@@ -8,10 +8,14 @@ ACCELERATORS := .venv-accelerators
 # Two workers: more cost more in compilation than they gain.
 WORKERS ?= 2
 
-.PHONY: test test-lowest test-deprecations demo spikes lint format wheel bench accelerators memory soak rules mutation docs links colabs clean
+.PHONY: test test-long test-lowest test-deprecations demo spikes lint format wheel bench accelerators memory soak rules mutation docs links colabs clean
 
 test: lint $(VENV)/test
 	$(BIN)/pytest -n $(WORKERS) --cov --cov-report=term
+
+# Also the combinations of clippers, layouts and modes that `make test` leaves out: tests/breadth.py.
+test-long: $(VENV)/test
+	$(BIN)/pytest -n $(WORKERS) -m ""
 
 # With the lowest versions that pyproject.toml allows of all that it names.
 test-lowest: $(LOWEST)/test

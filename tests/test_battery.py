@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from breadth import ONE_OF_EACH_KIND
 from clipper_table import CLIPPERS, WEIGHT_BASED, scope_of
 from compat import enable_x64
 from trees import assert_same_bits
@@ -18,6 +19,7 @@ from trees import assert_same_bits
 import optax_smartclip as smartclip
 
 every_clipper = pytest.mark.parametrize("name", CLIPPERS)
+one_of_each_kind = pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 
 HISTORY_BASED = [name for name in CLIPPERS if name not in WEIGHT_BASED]
 
@@ -239,7 +241,7 @@ def test_tree_get_finds_every_metric_and_still_the_count_of_others(name, place):
 # Values, from loops of the one jitted update.
 
 
-@every_clipper
+@one_of_each_kind
 def test_eager_steps_equal_jitted_ones_and_no_nan_arises_on_the_way(name):
     # One small leaf: each operation on another shape is compiled anew.
     params = np.float32([[3.0, -4.0], [0.5, 0.1]])
@@ -255,7 +257,7 @@ def test_eager_steps_equal_jitted_ones_and_no_nan_arises_on_the_way(name):
         assert_close((eager_updates, eager_state), (jitted_updates, jitted_state))
 
 
-@every_clipper
+@one_of_each_kind
 def test_donated_steps_equal_others_and_compile_once(name):
     tx, _ = build(name)
     grads = stream(4)
@@ -278,7 +280,7 @@ def test_donated_steps_equal_others_and_compile_once(name):
     assert_close((params, state), (expected, expected_state))
 
 
-@every_clipper
+@one_of_each_kind
 def test_scan_equals_a_loop_of_jitted_steps(name):
     tx, _ = build(name)
     grads = stream(200)
@@ -446,7 +448,7 @@ def differentiate(name):
     }
 
 
-@every_clipper
+@one_of_each_kind
 def test_derivatives_through_three_updates_are_finite_and_right(name):
     results = differentiate(name)
     for row in ("zero", "grad", "one zero leaf"):
@@ -515,7 +517,7 @@ def thresholds_of(tx, norms, dtype=jnp.float32):
 NORMS = np.float32(np.exp(np.random.default_rng(4).normal(size=60)))
 
 
-@every_clipper
+@one_of_each_kind
 def test_hyperparameters_rounded_to_bfloat16_change_next_to_nothing(name):
     tx = optax.inject_hyperparams(CLIPPERS[name])()
     hyperparams = tx.init(jnp.zeros(1, jnp.bfloat16)).hyperparams.values()

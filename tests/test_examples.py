@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from documents import ROOT
 
 
@@ -28,6 +29,7 @@ def train_on_mesh(num_devices):
     return np.array([re.findall(r"[\d.]+|inf", line) for line in lines], float)
 
 
+@pytest.mark.long
 def test_training_on_a_mesh_is_that_on_one_device_and_learns():
     on_mesh, alone = train_on_mesh(4), train_on_mesh(1)
     np.testing.assert_allclose(on_mesh, alone, rtol=1e-3)
@@ -44,6 +46,7 @@ COVERAGE = """
 import sys
 
 import numpy as np
+import pytest
 
 sys.path.insert(0, sys.argv[1])
 from train_text import margin

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import trees
+from breadth import each_value
 from steps import run
 
 import optax_smartclip as smartclip
@@ -136,8 +137,7 @@ def group_name(label):
     return "/".join([part for part in parts if not part.isdecimal()] + numbers)
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("name", CLIPPERS)
+@pytest.mark.parametrize(("name", "scope"), each_value(CLIPPERS, SCOPES))
 def test_a_stack_is_clipped_as_the_list_of_its_layers(name, scope):
     clipper = partial(CLIPPERS[name], scope=SCOPES[scope])
     expected, in_list = run(clipper(), PARAMS, GRADIENTS)
@@ -203,9 +203,8 @@ def test_stacks_of_other_lengths_under_one_label_are_apart():
     assert labels == (*(f"all[{i}]" for i in range(2)), *(f"all[{i}]" for i in range(4)), "all")
 
 
-@pytest.mark.parametrize("layers", [4, 16])
 @pytest.mark.parametrize("name", [*CLIPPERS, "agc_unit"])
-def test_the_program_does_not_grow_with_the_number_of_layers(name, layers):
+def test_the_program_does_not_grow_with_the_number_of_layers(name):
     clipper = smartclip.agc if name == "agc_unit" else partial(CLIPPERS[name], scope="per_layer")
     tx = clipper(stacked={"layers": 0})
 
@@ -214,7 +213,7 @@ def test_the_program_does_not_grow_with_the_number_of_layers(name, layers):
         lowered = jax.jit(tx.update).lower(params, tx.init(params), params)
         return len(lowered.as_text().splitlines())
 
-    assert size(layers) == size(2)
+    assert size(16) == size(2)
 
 
 @pytest.mark.parametrize(
@@ -304,15 +303,14 @@ def test_a_vmapped_ensemble_is_clipped_as_a_stack_of_its_members():
         assert_close(updates, wanted)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        partial(smartclip.AutoClip, warmup_steps=0, min_history=0),
-        partial(smartclip.ZScoreClip, zmax=1.0, warmup_steps=3, min_history=0),
-        partial(smartclip.AGC, clipping=0.1),
-    ],
-)
-@pytest.mark.parametrize("scope", ["per_param", "per_layer"])
+STATEFUL = [
+    partial(smartclip.AutoClip, warmup_steps=0, min_history=0),
+    partial(smartclip.ZScoreClip, zmax=1.0, warmup_steps=3, min_history=0),
+    partial(smartclip.AGC, clipping=0.1),
+]
+
+
+@pytest.mark.parametrize(("make", "scope"), each_value(STATEFUL, ["per_param", "per_layer"]))
 def test_stateful_clippers_take_stacks_apart_as_well(make, scope):
     in_list, in_stack = make(scope=scope), make(scope=scope, stacked=STACKED)
     records = []

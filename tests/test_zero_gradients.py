@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from breadth import each_value
 from clipper_table import CLIPPERS, WEIGHT_BASED
 from steps import run, runner
 from trees import assert_same_bits
@@ -54,8 +55,7 @@ def silenced(live, group=None):
     ]
 
 
-@pytest.mark.parametrize("warmup_steps", [0, 5])
-@pytest.mark.parametrize("name", CLIPPERS)
+@pytest.mark.parametrize(("name", "warmup_steps"), each_value(CLIPPERS, [0, 5]))
 def test_live_steps_are_those_of_a_run_without_the_zeros(name, warmup_steps):
     run = runner(CLIPPERS[name](warmup_steps=warmup_steps), PARAMS)
     for live in PATTERNS.values():
@@ -67,10 +67,13 @@ def test_live_steps_are_those_of_a_run_without_the_zeros(name, warmup_steps):
         assert_same_bits((state.rule, state.num_observed), (wanted.rule, wanted.num_observed))
 
 
-@pytest.mark.parametrize("scope", ["per_param", "per_layer", lambda path: path[0].key])
-@pytest.mark.parametrize("name", sorted(set(CLIPPERS) - WEIGHT_BASED))
+SCOPES = {"per_param": "per_param", "per_layer": "per_layer", "labels": lambda path: path[0].key}
+WITH_HISTORY = sorted(set(CLIPPERS) - WEIGHT_BASED)
+
+
+@pytest.mark.parametrize(("name", "scope"), each_value(WITH_HISTORY, SCOPES))
 def test_so_are_those_of_a_group_whose_gradient_alone_is_zero(name, scope):
-    run = runner(CLIPPERS[name](scope=scope), PARAMS)
+    run = runner(CLIPPERS[name](scope=SCOPES[scope]), PARAMS)
     all_live, _ = run(GRADIENTS)
     for live in PATTERNS.values():
         updates, _ = run(silenced(live, "z"))

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Inexact
 
 from optax_smartclip.engine.dtypes import as_float32
@@ -165,18 +166,31 @@ def _read_again(read: Reader, dtype: Any) -> GroupValues:
         # its own; and not a constant, which the compiler would square, and overflow.
         by = jnp.where(first, factor, 1 / factor).astype(dtype)
         (read_again,) = read([by])
-        new = jax.tree.map(
-            lambda norm, scaled: jnp.where(
-                jnp.where(first, norm < floor, jnp.isinf(norm)), scaled / by, norm
-            ),
-            norms,
-            read_again,
-        )
-        return number + 1, new
+
+        def replace(norm: Array, scaled: Array) -> Array:
+            wanted = jnp.where(first, norm < floor, jnp.isinf(norm))
+            return _replace_where(wanted, scaled / by, norm)
+
+        return number + 1, jax.tree.map(replace, norms, read_again)
 
     (norms,) = read([None])
     _, norms = jax.lax.while_loop(is_wanted, again, (jnp.zeros((), jnp.int32), norms))
     return norms
+
+
+def _replace_where(
+    wanted: Bool[Array, " groups"], new: Float[Array, " groups"], old: Float[Array, " groups"]
+) -> Float[Array, " groups"]:
+    """The same as `jnp.where`, with a scatter.
+
+    Without one, JAX 0.12 compiles a loop over small arrays as one kernel, in which LLVM unrolls
+    every leaf's sum: 20 leaves took 15 seconds. With a single place, it is no scatter to XLA, so
+    there is one more, for all that is not wanted.
+    """
+    size = old.size
+    places = jnp.where(wanted, np.arange(size, dtype=np.int32), np.int32(size))
+    places = jnp.pad(places, (0, 1), constant_values=size)
+    return jnp.pad(old, (0, 1)).at[places].set(jnp.pad(new, (0, 1)))[:size]
 
 
 # The sum of (x / norm) * dx, in which no square overflows or is lost, and no root is taken of 0.

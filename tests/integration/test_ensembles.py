@@ -11,12 +11,13 @@ import numpy as np
 import optax
 import pytest
 import reference
+from breadth import ONE_OF_EACH_KIND
 from clipper_table import CLIPPERS, WEIGHT_BASED
 from trees import assert_close
 
 import optax_smartclip as smartclip
 
-every_clipper = pytest.mark.parametrize("name", CLIPPERS)
+every_clipper = pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 
 MEMBERS, STEPS, SPIKE = 3, 14, 11
 SPIKING = 1

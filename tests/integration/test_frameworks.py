@@ -352,6 +352,7 @@ def regression(inputs, targets):
     numpyro.sample("targets", outputs, obs=targets)
 
 
+@pytest.mark.long
 def test_numpyro_svi_trains_as_a_plain_loop_over_its_elbo_does():
     start = {"w": jnp.zeros(3)}  # the default tries several, slowly
     guide = AutoNormal(regression, init_loc_fn=numpyro.infer.init_to_value(values=start))

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from breadth import ONE_OF_EACH_KIND, each_value
 from clipper_table import CLIPPERS
 from compat import lenient
 from jax.sharding import AxisType, NamedSharding
@@ -24,8 +25,9 @@ from trees import assert_close, random_tree
 
 import optax_smartclip as smartclip
 
-every_clipper = pytest.mark.parametrize("name", CLIPPERS)
-modes = pytest.mark.parametrize("mode", [AxisType.Explicit, AxisType.Auto])
+every_clipper = pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
+MODES = [AxisType.Explicit, AxisType.Auto]
+modes = pytest.mark.parametrize("mode", MODES)
 
 SHAPES = {"bias": (8,), "body": {"kernel": (16, 8)}}
 # As under FSDP: each leaf along one of its axes.
@@ -405,9 +407,9 @@ def test_training_on_one_device_is_that_by_hand():
         )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@modes
+@pytest.mark.parametrize(("mode", "layout"), each_value(MODES, LAYOUTS))
 def test_training_equals_that_on_one_device(mode, layout):
+    layout = LAYOUTS[layout]
     mesh = make_mesh(mode, *layout.mesh)
     kept_in = layout.kept
     if mode is AxisType.Explicit:

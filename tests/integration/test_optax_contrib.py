@@ -341,6 +341,7 @@ def finite_differences(function, tree, size=1e-5):
         return jax.tree.map(np.float64, slopes)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("first", ["spike", "zero"])
 def test_the_gradient_through_clipped_training_is_that_of_finite_differences(first):
     inputs, targets = (array.copy() for array in SPIKE)

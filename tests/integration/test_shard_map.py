@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from breadth import KINDS, each_value, long_but
 from clipper_table import CLIPPERS
 from compat import lenient
 from jax.sharding import AxisType, PartitionSpec
@@ -118,9 +119,7 @@ STREAMS = np.float32(np.random.default_rng(1).lognormal(size=(DEVICES, 12)) * 0.
 LEARNERS = np.float32(np.random.default_rng(2).normal(size=(DEVICES, 3, 2)))
 
 
-@pytest.mark.parametrize(
-    ("name", "wrapped"), [*((name, False) for name in CLIPPERS), ("autoclip", True), ("agc", True)]
-)
+@pytest.mark.parametrize(("name", "wrapped"), each_value(CLIPPERS, [False, True]))
 def test_each_device_can_train_a_learner_of_its_own(mesh, name, wrapped):
     tx = optax.chain(CLIPPERS[name](), lenient(optax.adam(0.01)))
     tx = smartclip.skip_spikes(tx, warmup_steps=3) if wrapped else tx
@@ -138,7 +137,7 @@ def test_each_device_can_train_a_learner_of_its_own(mesh, name, wrapped):
 
 
 # The units of agc lie within a device.
-@pytest.mark.parametrize("name", sorted(set(CLIPPERS) - {"agc"}))
+@pytest.mark.parametrize("name", long_but(KINDS, sorted(set(CLIPPERS) - {"agc"})))
 def test_a_learner_can_be_split_over_an_axis_that_norms_are_summed_over(mesh, name):
     tx = optax.chain(CLIPPERS[name](axis_name="d"), lenient(optax.adam(0.01)))
     alone = optax.chain(CLIPPERS[name](), lenient(optax.adam(0.01)))

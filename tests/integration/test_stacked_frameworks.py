@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from breadth import each_value, long_but
 from compat import lenient
 from flax import nnx
 from trees import assert_close, assert_same_bits
@@ -27,7 +28,11 @@ CLIPPERS = {
     "adagc": partial(smartclip.adagc, warmup_steps=3),
     "agc": partial(smartclip.agc, 0.05),
 }
-every_clipper = pytest.mark.parametrize("name", CLIPPERS)
+
+
+def clippers(short):
+    """One clipper for each framework, and in `make test-long` the others."""
+    return pytest.mark.parametrize("name", long_but({short}, CLIPPERS))
 
 
 def train(apply, params, clipper):
@@ -80,8 +85,7 @@ class LinenBlock(nn.Module):
         return x + nn.Dense(WIDTH)(nn.tanh(nn.Dense(2 * WIDTH)(x))), None
 
 
-@every_clipper
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(("name", "axis"), each_value(CLIPPERS, [0, 1]))
 def test_linen_scan(name, axis):
     class Stack(nn.Module):
         @nn.compact
@@ -116,7 +120,7 @@ class NnxBlock(nnx.Module):
         return x + self.down(jnp.tanh(self.up(x)))
 
 
-@every_clipper
+@clippers("agc")
 def test_nnx_scan(name):
     @nnx.split_rngs(splits=LAYERS)
     @nnx.vmap(in_axes=(0,), out_axes=0)
@@ -136,7 +140,7 @@ def test_nnx_scan(name):
     )
 
 
-@every_clipper
+@clippers("autoclip")
 def test_haiku_layer_stack(name):
     def block(x):
         return x + hk.Linear(WIDTH)(jnp.tanh(hk.Linear(2 * WIDTH)(x)))
@@ -166,7 +170,7 @@ class EquinoxBlock(eqx.Module):
         return x + self.down(jnp.tanh(self.up(x)))
 
 
-@every_clipper
+@clippers("adagc")
 def test_vmapped_equinox_modules(name):
     blocks = eqx.filter_vmap(EquinoxBlock)(jax.random.split(jax.random.key(0), LAYERS))
     params, static = eqx.partition(blocks, eqx.is_array)

@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from breadth import each_value
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from steps import run
@@ -72,9 +73,9 @@ def place_on(mesh, specs):
     )
 
 
-@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", CLIPPERS)
+@pytest.mark.parametrize(
+    ("name", "layout", "mode"), each_value(CLIPPERS, LAYOUTS, [AxisType.Auto, AxisType.Explicit])
+)
 def test_a_stack_on_a_mesh_is_clipped_as_on_one_device(name, layout, mode):
     tx = CLIPPERS[name](stacked=STACKED)
     expected = run(tx, PARAMS, GRADS)

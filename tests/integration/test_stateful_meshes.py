@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from breadth import each_value
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from trees import assert_close, random_tree
@@ -135,36 +136,28 @@ def check_training(name, mesh, layout, *, compiled, set_mesh=False, init=False):
     assert not compiled or step._cache_size() == 1
 
 
-every_clipper = pytest.mark.parametrize("name", CLIPPERS)
-modes = pytest.mark.parametrize(
-    "mode", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"]
-)
-layouts = pytest.mark.parametrize(
-    ("mode", "layout"),
-    [
-        (AxisType.Explicit, "FSDP"),
-        (AxisType.Auto, "FSDP"),
-        (AxisType.Auto, "replicated"),
-    ],
-    ids=["explicit-FSDP", "auto-FSDP", "auto-replicated"],
-)
+PLACES = {
+    "explicit-FSDP": (AxisType.Explicit, "FSDP"),
+    "auto-FSDP": (AxisType.Auto, "FSDP"),
+    "auto-replicated": (AxisType.Auto, "replicated"),
+}
+every_place = pytest.mark.parametrize(("name", "place"), each_value(CLIPPERS, PLACES))
 
 
-@every_clipper
-@modes
+@pytest.mark.parametrize(("name", "mode"), each_value(CLIPPERS, [AxisType.Explicit, AxisType.Auto]))
 def test_eager_steps_with_sharded_gradients_equal_one_device(name, mode):
     check_training(name, make_mesh(mode), "FSDP", compiled=False)
 
 
-@every_clipper
-@layouts
-def test_compiled_steps_under_set_mesh_equal_one_device(name, mode, layout):
+@every_place
+def test_compiled_steps_under_set_mesh_equal_one_device(name, place):
+    mode, layout = PLACES[place]
     check_training(name, make_mesh(mode), layout, compiled=True, set_mesh=True)
 
 
-@every_clipper
-@layouts
-def test_compiled_steps_without_set_mesh_equal_one_device_after_init(name, mode, layout):
+@every_place
+def test_compiled_steps_without_set_mesh_equal_one_device_after_init(name, place):
+    mode, layout = PLACES[place]
     check_training(name, make_mesh(mode), layout, compiled=True, init=True)
 
 
@@ -221,18 +214,16 @@ def take_steps(clipper, mesh, number_of_steps, records):
     return clipped
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        lambda: None,
-        lambda: make_mesh(AxisType.Auto, 4),
-        lambda: make_mesh(AxisType.Explicit, 8),
-    ],
-    ids=["one device", "four automatic", "eight explicit"],
-)
-@every_clipper
+TARGETS = {
+    "one device": lambda: None,
+    "four automatic": lambda: make_mesh(AxisType.Auto, 4),
+    "eight explicit": lambda: make_mesh(AxisType.Explicit, 8),
+}
+
+
+@pytest.mark.parametrize(("name", "target"), each_value(CLIPPERS, TARGETS))
 def test_a_state_saved_on_a_mesh_goes_on_where_it_is_loaded(name, target):
-    saved_on, target = make_mesh(AxisType.Auto), target()
+    saved_on, target = make_mesh(AxisType.Auto), TARGETS[target]()
     clipper, records = CLIPPERS[name](), []
     clipped = take_steps(clipper, saved_on, range(SAVE_AFTER), records)
     saved = json.loads(json.dumps(clipper.state_dict()))

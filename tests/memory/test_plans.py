@@ -7,6 +7,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from optax_smartclip.memory import (
     capture_graph_jaxpr,
@@ -235,6 +236,7 @@ def check_plan(graph, plan):
     assert plan.meta["saved_bytes"] == sum(graph.size(v) for v in saved)
 
 
+@pytest.mark.long
 @hypothesis.settings(max_examples=5)
 @hypothesis.given(
     steps=steps_of(SMOOTH, 2, min_size=6, max_size=14),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import reference
 import smartclip.core as original
+from breadth import each_value
 
 import optax_smartclip as smartclip
 
@@ -398,8 +399,7 @@ def test_nan_and_inf_become_zeros_or_pass_and_are_never_learnt(cls, guard_nans):
     assert spike == pytest.approx(limits[cls.__name__], rel=1e-5)
 
 
-@pytest.mark.parametrize("scope", GROUPS)
-@pytest.mark.parametrize("name", ["auto", "ema", "zscore"])
+@pytest.mark.parametrize(("name", "scope"), each_value(["auto", "ema", "zscore"], GROUPS))
 def test_the_threshold_of_each_group_is_found_by_its_key_and_by_its_place(name, scope):
     clipper = MAKE[name](scope=scope, **WARMUP)
     assert clipper.threshold() == clipper.threshold_any() == clipper.eps == 1e-8
