@@ -46,7 +46,6 @@ COVERAGE = """
 import sys
 
 import numpy as np
-import pytest
 
 sys.path.insert(0, sys.argv[1])
 from train_text import margin
