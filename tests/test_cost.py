@@ -328,3 +328,12 @@ def lines_per_leaf(name):
 def test_another_leaf_makes_the_compiled_program_not_twice_as_long_as_it_makes_that_of_optax(name):
     # It is what compilation takes its time for.
     assert lines_per_leaf(name) < 2 * lines_per_leaf(THEIRS)
+
+
+@pytest.mark.parametrize("name", ["autoclip", "per_param"])
+def test_the_loop_over_small_leaves_is_not_compiled_as_one_kernel(name):
+    # As XLA marks it, from JAX 0.12 on. All sums are unrolled in it, for seconds a leaf.
+    grads = {str(number): jax.ShapeDtypeStruct((8, 8), jnp.float32) for number in range(4)}
+    tx = CHAINED[name]
+    step = jax.jit(tx.update).lower(grads, jax.eval_shape(tx.init, grads), grads).compile()
+    assert "xla_cpu_small_call" not in step.as_text()
