@@ -13,7 +13,7 @@ WORKERS ?= 2
 test: lint $(VENV)/test
 	$(BIN)/pytest -n $(WORKERS) --cov --cov-report=term
 
-# Also the combinations of clippers, layouts and modes that `make test` leaves out: tests/breadth.py.
+# With the combinations of clippers, layouts and modes that `make test` leaves out: tests/breadth.py.
 test-long: $(VENV)/test
 	$(BIN)/pytest -n $(WORKERS) -m ""
 

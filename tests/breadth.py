@@ -1,9 +1,9 @@
 """How broad the tests are: which combinations `make test` runs, and which `make test-long` adds.
 
 A mistake that shows in one clipper, one layout and one mode together, and in none of them with
-others, is rare, and each combination compiles programs of its own. So of a product `make test` runs
-each value at least once; of all clippers, where each takes seconds, one of every kind. What is left
-has the mark `long`.
+others, is rare, and each combination compiles programs of its own. `make test` runs each value of a
+product at least once. Where each clipper takes seconds, it runs one clipper of each kind. The other
+combinations have the mark `long`.
 """
 
 import itertools
@@ -11,7 +11,7 @@ import itertools
 import pytest
 from clipper_table import CLIPPERS
 
-# A scope, a kind of memory, a rule in each.
+# Each has a scope, a memory and a rule that the others do not have.
 KINDS = {"autoclip", "autoclip_p95_per_param", "zclip", "agc"}
 
 
@@ -24,7 +24,7 @@ def long_but(short, values):
     return [_param((value,), value not in short) for value in values]
 
 
-ONE_OF_EACH_KIND = long_but(KINDS, CLIPPERS)
+one_of_each_kind = pytest.mark.parametrize("name", long_but(KINDS, CLIPPERS))
 
 
 def each_value(*axes):

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 import reference
-from breadth import ONE_OF_EACH_KIND
+from breadth import one_of_each_kind
 from clipper_table import CLIPPERS, WEIGHT_BASED, scope_of
 from compat import enable_x64
 from trees import assert_same_bits
@@ -19,7 +19,6 @@ from trees import assert_same_bits
 import optax_smartclip as smartclip
 
 every_clipper = pytest.mark.parametrize("name", CLIPPERS)
-one_of_each_kind = pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 
 HISTORY_BASED = [name for name in CLIPPERS if name not in WEIGHT_BASED]
 

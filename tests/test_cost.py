@@ -332,7 +332,7 @@ def test_another_leaf_makes_the_compiled_program_not_twice_as_long_as_it_makes_t
 
 @pytest.mark.parametrize("name", ["autoclip", "per_param"])
 def test_the_loop_over_small_leaves_is_not_compiled_as_one_kernel(name):
-    # As XLA marks it, from JAX 0.12 on. All sums are unrolled in it, for seconds a leaf.
+    # The mark that XLA has from JAX 0.12 on. LLVM unrolls all sums in such a kernel.
     grads = {str(number): jax.ShapeDtypeStruct((8, 8), jnp.float32) for number in range(4)}
     tx = CHAINED[name]
     step = jax.jit(tx.update).lower(grads, jax.eval_shape(tx.init, grads), grads).compile()

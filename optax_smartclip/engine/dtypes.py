@@ -1,4 +1,4 @@
-"""What becomes of the types of numbers: which of them have a norm, and where it is computed."""
+"""Types of numbers: which leaves have a norm, and in which type it is computed."""
 
 from typing import Any
 

@@ -1,7 +1,9 @@
 """Norms that a wrapper has computed already, for the clippers inside it.
 
-with known_norm(arrays, norm, axis_name):
-    inner.update(...)  # `group_norms` of these very arrays, as one group, is `norm`
+A wrapper says what it knows while it calls what is inside:
+
+    with known_norm(arrays, norm, axis_name):
+        inner.update(...)  # `group_norms` of these very arrays, as one group, is `norm`
 """
 
 import contextlib

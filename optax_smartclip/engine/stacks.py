@@ -44,7 +44,7 @@ def check_stacked(stacked: Stacked, scope: Any) -> None:
         )
     for pattern, axes in stacked.items():
         checks.compile_pattern("`stacked` must have regular expressions for keys", pattern)
-        if not _is_axes(axes):
+        if not is_axes(axes):
             raise ValueError(
                 "`stacked` must map to an axis (a Python int) or a tuple of axes, got "
                 f"{axes!r} for {pattern!r}."
@@ -101,7 +101,7 @@ def _stack(path: KeyPath, shape: tuple[int, ...], axes: Any) -> Stack:
         return WHOLE
     rank = len(shape)
     listed = axes if isinstance(axes, tuple) else (axes,)
-    exist = _is_axes(axes) and all(-rank <= axis < rank for axis in listed)
+    exist = is_axes(axes) and all(-rank <= axis < rank for axis in listed)
     places = tuple(axis % rank for axis in listed) if exist else ()
     if not exist or len(set(places)) < len(listed):
         raise ValueError(
@@ -112,6 +112,7 @@ def _stack(path: KeyPath, shape: tuple[int, ...], axes: Any) -> Stack:
     return Stack(places, shape) if places and all(shape) else WHOLE
 
 
-def _is_axes(axes: Any) -> bool:
+def is_axes(axes: Any) -> bool:
+    """Whether something is an axis, a Python int, or a tuple of axes."""
     listed = axes if isinstance(axes, tuple) else (axes,)
     return all(isinstance(axis, int) and not isinstance(axis, bool) for axis in listed)

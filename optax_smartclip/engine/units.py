@@ -1,10 +1,11 @@
 """Units: the parts of a leaf that compute one output feature each. This is scope "unit".
 
-A unit is counted by some axes of its leaf, and its norm is taken over the others. Which axes those
-are, what a gradient has to have for them, and what a state reports of them:
+Some axes of a leaf count its units; the norm of a unit is taken over the others. This module says
+which axes these are, makes the partition, and reports what was clipped:
 
     units = assign_units(params, unit_axes, stacked, mask, split=False)
     partition = units.partition(paths)
+    record = report_units(last, norms, limits, scales, nonfinite)
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from optax_smartclip.engine.dtypes import as_float32, is_inexact
 from optax_smartclip.engine.groups import LeafMask, Scope, check_known, covered_paths
 from optax_smartclip.engine.metrics import ClipMetrics, next_metrics
 from optax_smartclip.engine.partitions import WHOLE, Stack, Units
-from optax_smartclip.engine.stacks import Stacked, find_stacks
+from optax_smartclip.engine.stacks import Stacked, find_stacks, is_axes
 from optax_smartclip.engine.trees import KeyPath, PyTree, flatten, path_name
 from optax_smartclip.masks import is_vector
 
@@ -80,8 +81,7 @@ def check_unit_axes(unit_axes: UnitAxes, scope: Scope) -> None:
     elif isinstance(unit_axes, str):
         valid = unit_axes in LAYOUTS
     else:
-        axes = unit_axes if isinstance(unit_axes, tuple) else (unit_axes,)
-        valid = all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes)
+        valid = is_axes(unit_axes)
     if not valid:
         raise ValueError(
             f"`unit_axes` must be None, a Python int, a tuple of ints, one of {tuple(LAYOUTS)}, or "

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from breadth import ONE_OF_EACH_KIND
+from breadth import one_of_each_kind
 from clipper_table import CLIPPERS, WEIGHT_BASED
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -24,7 +24,6 @@ from trees import assert_same_bits
 
 import optax_smartclip as smartclip
 
-every_clipper = pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 some_clippers = pytest.mark.parametrize("name", ["autoclip_p90_per_layer", "zscore_clip", "agc"])
 
 rng = np.random.default_rng(0)
@@ -147,7 +146,7 @@ def test_a_run_saved_in_the_background_while_it_goes_on_is_resumed_bit_for_bit(n
                 assert_same_bits(after, expected[step])
 
 
-@every_clipper
+@one_of_each_kind
 def test_a_run_resumed_from_flax_bytes_after_any_step_is_the_run_that_never_stopped(name):
     saved = [flax.serialization.to_bytes(run) for run in uninterrupted(name)]
     assert_resumes_after_any_step(

@@ -11,13 +11,11 @@ import numpy as np
 import optax
 import pytest
 import reference
-from breadth import ONE_OF_EACH_KIND
+from breadth import one_of_each_kind
 from clipper_table import CLIPPERS, WEIGHT_BASED
 from trees import assert_close
 
 import optax_smartclip as smartclip
-
-every_clipper = pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 
 MEMBERS, STEPS, SPIKE = 3, 14, 11
 SPIKING = 1
@@ -102,7 +100,7 @@ def assert_only_one_member_spiked(name, record):
         assert not np.any(clipped[:, np.arange(MEMBERS) != SPIKING])
 
 
-@every_clipper
+@one_of_each_kind
 def test_members_under_vmap_equal_separate_runs(name):
     tx = optimizer(name)
     step = jax.jit(jax.vmap(make_step(tx)))

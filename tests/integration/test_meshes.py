@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 import reference
-from breadth import ONE_OF_EACH_KIND, each_value
+from breadth import each_value, one_of_each_kind
 from clipper_table import CLIPPERS
 from compat import lenient
 from jax.sharding import AxisType, NamedSharding
@@ -25,7 +25,6 @@ from trees import assert_close, random_tree
 
 import optax_smartclip as smartclip
 
-every_clipper = pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 MODES = [AxisType.Explicit, AxisType.Auto]
 modes = pytest.mark.parametrize("mode", MODES)
 
@@ -108,7 +107,7 @@ def check_jit(name, mode):
     assert counts[1] == (2 if name == "agc" else 1)
 
 
-@every_clipper
+@one_of_each_kind
 def test_fsdp_on_explicit_axes_equals_one_device(name):
     check_jit(name, AxisType.Explicit)
 
@@ -187,7 +186,7 @@ def shard_map(update, mesh, spec):
     )
 
 
-@every_clipper
+@one_of_each_kind
 def test_shard_map_with_axis_name_equals_one_device(name):
     tx = CLIPPERS[name](axis_name="x")
     update = jax.jit(shard_map(tx.update, make_mesh(AxisType.Auto, 8), SPLIT))
@@ -270,7 +269,7 @@ def types(tree):
     return jax.tree.map(jax.typeof, tree)
 
 
-@every_clipper
+@one_of_each_kind
 def test_states_keep_their_sharding_type_from_init_to_update(name):
     tx = CLIPPERS[name]()
     mesh = make_mesh(AxisType.Explicit, 8)

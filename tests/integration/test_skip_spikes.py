@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 import reference
 import regression
-from breadth import ONE_OF_EACH_KIND
+from breadth import one_of_each_kind
 from clipper_table import CLIPPERS
 from compat import lenient
 from jax.sharding import AxisType, NamedSharding
@@ -376,7 +376,7 @@ def run_all_clippers():
     return dropped, loop(STREAM), loop(kept)
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
+@one_of_each_kind
 def test_no_clipper_inside_sees_a_dropped_step(name):
     dropped, history, shorter = run_all_clippers()
     np.testing.assert_array_equal(skipped_in(history), dropped)

@@ -13,12 +13,10 @@ import numpy as np
 import optax
 import pytest
 import reference
-from breadth import ONE_OF_EACH_KIND
+from breadth import one_of_each_kind
 from clipper_table import CLIPPERS
 from compat import enable_x64, lenient
 from trees import assert_close, assert_same_bits
-
-every_clipper = pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 
 WARMUP = 2
 SPIKE, ZERO, INF = 2, 3, 4
@@ -86,7 +84,7 @@ def ordinary(name):
     return run(compiled_step(name), start(name), gradients())
 
 
-@every_clipper
+@one_of_each_kind
 def test_a_donated_step_clips_the_spike_and_keeps_nothing_of_what_it_was_given(name):
     step, grads = compiled_step(name), gradients()
     carry = start(name)
@@ -130,7 +128,7 @@ def test_the_ordinary_run_is_that_by_hand(name, thresholds):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), actual, params)
 
 
-@every_clipper
+@one_of_each_kind
 def test_a_compiled_step_transfers_nothing(name):
     step, grads = compiled_step(name), gradients()
     carries = [start(name), start(name)]
@@ -144,7 +142,7 @@ def test_a_compiled_step_transfers_nothing(name):
     assert_same_bits(jax.tree.map(np.array, history[1:]), ordinary(name))
 
 
-@every_clipper
+@one_of_each_kind
 def test_a_compiled_step_makes_no_nan_of_a_gradient_without(name):
     step = compiled_step(name)
     with jax.debug_nans(True):
@@ -154,7 +152,7 @@ def test_a_compiled_step_makes_no_nan_of_a_gradient_without(name):
             step(*start(name), jax.tree.map(lambda leaf: leaf * np.nan, gradients()[0]))
 
 
-@every_clipper
+@one_of_each_kind
 def test_no_operation_makes_a_nan_where_nothing_is_compiled(name):
     # Also none in a branch, which under `jit` would be seen as a whole only.
     with jax.disable_jit(), jax.debug_nans(True):
@@ -162,7 +160,7 @@ def test_no_operation_makes_a_nan_where_nothing_is_compiled(name):
     assert_close(history, ordinary(name), **ROUNDING)
 
 
-@every_clipper
+@one_of_each_kind
 def test_tracing_leaks_no_tracer_and_gives_the_same_program(name):
     tx, step = build(name)
 
@@ -177,7 +175,7 @@ def test_tracing_leaks_no_tracer_and_gives_the_same_program(name):
     assert checked == program()
 
 
-@every_clipper
+@one_of_each_kind
 def test_float32_stays_float32_where_float64_is_enabled(name):
     with enable_x64(True):
         history = run(jax.jit(build(name)[1]), start(name), gradients())
@@ -187,7 +185,7 @@ def test_float32_stays_float32_where_float64_is_enabled(name):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), params, expected)
 
 
-@every_clipper
+@one_of_each_kind
 def test_a_float64_step_has_float64_precision(name):
     with enable_x64(True):
         history = run(jax.jit(build(name)[1]), start(name, jnp.float64), gradients(jnp.float64))
