@@ -7,6 +7,7 @@ Brock, De, Smith, Simonyan, `High-Performance Large-Scale Image Recognition With
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -163,8 +164,9 @@ def agc(
             return limit_threshold(threshold, state.num_observed, warmup_steps, max_norm)
 
         limits = jax.tree.map(limit, weight_norms)
-        scales = jax.tree.map(signed_scale, norms, limits)
-        clipped = scale_arrays(arrays, partition, scales, nonfinite)
+        scale = functools.partial(signed_scale, mark_zeros=by_units)
+        scales = jax.tree.map(scale, norms, limits)
+        clipped = scale_arrays(arrays, partition, scales, nonfinite, mark_zeros=by_units)
         last = report(state.last, norms, limits, scales, nonfinite)
         live = has_gradient(last.grad_norm).reshape(groups.num_groups)
         next_state = ClipState(

@@ -15,14 +15,22 @@ from optax_smartclip.engine.partitions import GroupValues, Partition
 
 # In place of a scale, where the norm is not finite.
 _NOT_FINITE = -1.0
+# In place of 1, where the norm is zero and the scales have to show it. Those who read scales need
+# not read norms then.
+NO_GRADIENT = 2.0
 
 
 def scale_arrays(
-    arrays: list[Array], partition: Partition, scales: GroupValues, nonfinite: str
+    arrays: list[Array],
+    partition: Partition,
+    scales: GroupValues,
+    nonfinite: str,
+    *,
+    mark_zeros: bool = False,
 ) -> list[Array]:
     """Each array times the signed scale of its group, or of each of the groups within it."""
     return [
-        scale_array(array, scale, nonfinite)
+        scale_array(array, scale, nonfinite, mark_zeros=mark_zeros)
         for array, scale in zip(arrays, partition.spread(scales), strict=True)
     ]
 
@@ -47,17 +55,18 @@ def has_reached(count: Int32[Array, "*shape"], steps: Any) -> Bool[Array, "*shap
 
 
 def signed_scale(
-    norm: Float32[Array, "*shape"], limit: Float32[Array, "*shape"]
+    norm: Float32[Array, "*shape"], limit: Float32[Array, "*shape"], *, mark_zeros: bool = False
 ) -> Float32[Array, "*shape"]:
     """`min(1, limit / norm)`, or a negative number where the norm is not finite.
 
-    Exactly 1 where `norm <= limit`, both zero included. A scale below the smallest normal number
-    (1e-38) may count as zero.
+    Exactly 1 where `norm <= limit`, both zero included; with `mark_zeros`, 2 where the norm is
+    zero. A scale below the smallest normal number (1e-38) may count as zero.
     """
     finite = jnp.isfinite(norm)
     over = finite & (norm > limit)
+    within = jnp.where(norm == 0, NO_GRADIENT, 1.0) if mark_zeros else 1.0
     # The division comes last because XLA repeats what follows it for each element of an array.
-    dividend = jnp.where(finite, jnp.where(over, limit, 1.0), _NOT_FINITE)
+    dividend = jnp.where(finite, jnp.where(over, limit, within), _NOT_FINITE)
     return ratio(dividend, jnp.where(over, norm, 1.0))
 
 
@@ -76,15 +85,22 @@ def _ratio_jvp(primals: Any, tangents: Any) -> Any:
 
 
 def scale_array(
-    array: Inexact[Array, "*shape"], scale: Float32[Array, "..."], nonfinite: str
+    array: Inexact[Array, "*shape"],
+    scale: Float32[Array, "..."],
+    nonfinite: str,
+    *,
+    mark_zeros: bool = False,
 ) -> Inexact[Array, "*shape"]:
     """Multiplies in at least float32 and returns the dtype of `array`.
 
     Where the scale is negative, as of a norm that is not finite, the result is zero or, with
-    `nonfinite="propagate"`, the array itself.
+    `nonfinite="propagate"`, the array itself. Where it is that of a marked zero, the result is the
+    array itself too, whose elements may be too small for a norm.
     """
     dtype = working_dtype(array.dtype)
     scaled = (array.astype(dtype) * scale.astype(dtype)).astype(array.dtype)
     otherwise = jnp.zeros((), array.dtype) if nonfinite == "zero" else array
+    if mark_zeros:
+        scaled = jnp.where(scale > 1, array, scaled)
     # After the multiplication: before it, the compiled loop takes 1.3 times as long.
     return jnp.where(scale >= 0, scaled, otherwise)

@@ -20,6 +20,7 @@ from optax_smartclip.engine.dtypes import as_float32, is_inexact
 from optax_smartclip.engine.groups import LeafMask, Scope, check_known, covered_paths
 from optax_smartclip.engine.metrics import ClipMetrics, next_metrics
 from optax_smartclip.engine.partitions import WHOLE, Stack, Units
+from optax_smartclip.engine.scaling import NO_GRADIENT
 from optax_smartclip.engine.stacks import Stacked, find_stacks, is_axes
 from optax_smartclip.engine.trees import KeyPath, PyTree, flatten, path_name
 from optax_smartclip.masks import is_vector
@@ -31,9 +32,6 @@ LAYOUTS = {"flax": -1, "equinox": 0}
 
 # A scale of 0 is reported as this.
 _SMALLEST = float(jnp.finfo(jnp.float32).tiny)
-
-# In place of the scale of a unit without a gradient: larger than any.
-_NO_GRADIENT = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,24 +136,18 @@ def report_units(
 ) -> ClipMetrics:
     """The metrics of a step with these units: the smallest scale, and the share below 1.
 
-    A unit with a norm that is NaN or Inf has a negative scale, and does not count as clipped.
+    A unit with a norm that is NaN or Inf has a negative scale, and does not count as clipped. One
+    without a gradient has a scale above 1 (`mark_zeros` of `signed_scale`).
     """
-    del limits
+    del norms, limits
     if not scales:
-        norms, scales = [jnp.zeros(0)], [jnp.ones(0)]
+        scales = [jnp.ones(0)]
     # Two reductions of each leaf's units, which may be sharded along several axes, and one of the
     # scalars that come out. A single one over all units would have to gather them.
-    smallest = jnp.min(
-        jnp.stack(
-            [
-                jnp.min(jnp.where(norm == 0, _NO_GRADIENT, scale), initial=_NO_GRADIENT)
-                for norm, scale in zip(norms, scales, strict=True)
-            ]
-        )
-    )[None]
+    smallest = jnp.min(jnp.stack([jnp.min(scale, initial=NO_GRADIENT) for scale in scales]))[None]
     clipped = jnp.stack([jnp.sum(as_float32((scale >= 0) & (scale < 1))) for scale in scales])
     # In units of the threshold.
-    largest = jnp.where(smallest < _NO_GRADIENT, 1 / jnp.maximum(smallest, _SMALLEST), 0.0)
+    largest = jnp.where(smallest < NO_GRADIENT, 1 / jnp.maximum(smallest, _SMALLEST), 0.0)
     norm = jnp.where(smallest < 0, jnp.inf, largest)
     smallest = jnp.minimum(smallest, 1.0)
     record = next_metrics(previous, norm, jnp.ones_like(norm), smallest, nonfinite)

@@ -198,6 +198,18 @@ def test_a_unit_whose_square_overflows_counts_as_not_finite():
     assert smartclip.metrics(state)["num_nonfinite"] == 1
 
 
+def test_units_that_are_too_small_for_a_norm_pass_as_they_are():
+    """Their squares are zero in float32, and no unit is taken for one with a gradient."""
+    grads = jnp.asarray([[1e-30, -3e-25], [2e-28, 0.0]], jnp.float32)
+    tx = smartclip.agc()
+    updates, state = tx.update(grads, tx.init(grads), grads)
+    np.testing.assert_array_equal(updates, grads)
+    record = smartclip.metrics(state)
+    assert record["grad_norm"] == 0
+    assert record["clip_scale"] == 1
+    assert record["clipped"] == 0
+
+
 def test_units_of_1e18_are_clipped():
     params = {"w": jnp.ones((2, 2))}
     grads = {"w": jnp.array([[1e18, 1.0], [1e18, 1.0]])}
