@@ -8,7 +8,7 @@ ACCELERATORS := .venv-accelerators
 # Two workers: more cost more in compilation than they gain.
 WORKERS ?= 2
 
-.PHONY: test test-long test-lowest test-deprecations demo spikes lint format wheel bench accelerators memory soak rules mutation docs links colabs clean
+.PHONY: test test-long test-lowest test-deprecations demo spikes lint format wheel bench accelerators memory memory-accelerators soak rules mutation docs links colabs clean
 
 test: lint $(VENV)/test
 	$(BIN)/pytest -n $(WORKERS) --cov --cov-report=term
@@ -61,6 +61,10 @@ accelerators: $(ACCELERATORS)/accelerators
 memory: $(VENV)/test
 	$(BIN)/python benchmarks/memory.py
 
+# The memory of these gradients on a TPU and on a GPU, by their compilers.
+memory-accelerators: $(ACCELERATORS)/accelerators
+	$(ACCELERATORS)/bin/python benchmarks/memory.py --devices v5e h100
+
 # Why autoclip() follows the rule that it does.
 rules: $(VENV)/test
 	$(BIN)/python benchmarks/auto_rules.py
@@ -90,7 +94,7 @@ $(VENV)/test $(VENV)/demo $(VENV)/docs $(VENV)/colabs $(VENV)/mutation: $(VENV)/
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[$*]"
 	@touch $@
 
-# Anew each time: what is installed already would be kept if it is newer.
+# From nothing each time: a newer version that is installed already would be kept.
 $(LOWEST)/test: pyproject.toml | $(BIN)/uv
 	rm -rf $(LOWEST)
 	$(BIN)/uv venv --quiet --python $(BIN)/python $(LOWEST)
