@@ -8,7 +8,7 @@ ACCELERATORS := .venv-accelerators
 # Two workers: more cost more in compilation than they gain.
 WORKERS ?= 2
 
-.PHONY: test test-long test-lowest test-deprecations demo spikes lint format wheel bench accelerators memory memory-accelerators soak rules mutation docs links colabs clean
+.PHONY: test test-long test-lowest test-deprecations demo spikes lint format wheel bench accelerators memory memory-accelerators soak study rules mutation docs links colabs clean
 
 test: lint $(VENV)/test
 	$(BIN)/pytest -n $(WORKERS) --cov --cov-report=term
@@ -73,6 +73,10 @@ rules: $(VENV)/test
 soak: $(VENV)/test
 	$(BIN)/python benchmarks/soak.py
 
+# Which clipper, at which learning rate: hours; ARGS="--task regression" for a part.
+study: $(VENV)/study
+	PYTHONPATH=benchmarks:examples $(BIN)/python -m study $(ARGS)
+
 # Which small mistakes would the tests not notice? Half an hour; ARGS="--modules norms" for a part.
 mutation: $(VENV)/mutation
 	$(BIN)/python mutation/run.py $(ARGS)
@@ -90,7 +94,7 @@ links: $(VENV)/docs
 	$(BIN)/sphinx-build -b linkcheck docs docs/_build/links
 
 # A stamp per set of extras, renewed when the dependencies change.
-$(VENV)/test $(VENV)/demo $(VENV)/docs $(VENV)/colabs $(VENV)/mutation: $(VENV)/%: pyproject.toml | $(BIN)/uv
+$(VENV)/test $(VENV)/demo $(VENV)/study $(VENV)/docs $(VENV)/colabs $(VENV)/mutation: $(VENV)/%: pyproject.toml | $(BIN)/uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[$*]"
 	@touch $@
 

@@ -17,7 +17,7 @@ import hypothesis
 import jax
 
 TESTS = Path(__file__).parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent / "benchmarks")]
+sys.path[:0] = [str(TESTS), *(str(TESTS.parent / name) for name in ("benchmarks", "examples"))]
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

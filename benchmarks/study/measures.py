@@ -1,0 +1,77 @@
+"""From the losses of all runs to the figures that are reported.
+
+Losses are `[rates, seeds]`. A run that diverges counts with its loss at the start, so that one such
+run does not hide what the others did.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+from study.results import Outcome
+from study.training import Figures
+
+
+class Interval(NamedTuple):
+    """A mean over seeds, and half the width of its 95 % confidence interval."""
+
+    mean: float
+    half: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3g} +- {self.half:.2g}"
+
+
+def interval(figures: np.ndarray) -> Interval:
+    """Student's, over seeds. Of differences between two arms, it is the paired one."""
+    num = len(figures)
+    half = stats.t.ppf(0.975, num - 1) * np.std(figures, ddof=1) / math.sqrt(num)
+    return Interval(float(np.mean(figures)), float(half))
+
+
+def diverged(outcome: Outcome) -> np.ndarray:
+    """Which runs end no better than they began, or not finite."""
+    return ~(outcome.final < outcome.start)
+
+
+def capped(outcome: Outcome) -> Figures:
+    """The final loss, or that of the start where a run diverged."""
+    return np.where(diverged(outcome), outcome.start, outcome.final)
+
+
+def sensitivity(outcome: Outcome) -> np.ndarray:
+    """How far the loss is from its best if the rate is drawn at random, for each seed.
+
+    Wortsman et al., arXiv 2309.14322: the mean over rates of min(loss, loss at the start), less
+    the least loss.
+    """
+    losses = capped(outcome)
+    return losses.mean(axis=0) - losses.min(axis=0)
+
+
+def best_of(losses: np.ndarray, trials: int) -> float:
+    """The expected least of `trials` different settings, `[settings]`, drawn at random.
+
+    Raises:
+        ValueError: If there are fewer settings.
+    """
+    num = len(losses)
+    if trials > num:
+        raise ValueError(f"`trials` must be at most the number of settings, {num}, got {trials}.")
+    ways = [math.comb(num - 1 - rank, trials - 1) for rank in range(num)]
+    return float(np.dot(np.sort(losses), ways) / math.comb(num, trials))
+
+
+def lost_progress(outcomes: dict[str, Outcome]) -> dict[str, Figures]:
+    """How far each run is behind the best arm at its rate, in units of the best progress.
+
+    1 is the distance from the loss at the start to the best mean loss of any arm at any rate.
+    """
+    means = {name: capped(outcome).mean(axis=1) for name, outcome in outcomes.items()}
+    best = np.min(list(means.values()), axis=0)
+    leaders = [min(means, key=lambda name: means[name][row]) for row in range(len(best))]
+    leading = np.stack([capped(outcomes[name])[row] for row, name in enumerate(leaders)])
+    start = np.mean([outcome.start.mean() for outcome in outcomes.values()])
+    unit = start - best.min()
+    return {name: (capped(outcome) - leading) / unit for name, outcome in outcomes.items()}

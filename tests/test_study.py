@@ -1,0 +1,231 @@
+"""The study of learning rates: its measures, its table, and that a run is what it says."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from study import __main__ as study
+from study.arms import ARMS, AUTO, NONE, Arm, fixed
+from study.measures import best_of, diverged, interval, lost_progress, sensitivity
+from study.results import ARM, CONTROL, Outcome, append, load, spike_score, summarize
+from study.tasks import TASKS, cartpole, digits, layers
+from study.training import train
+
+import optax_smartclip as smartclip
+
+FLOAT32 = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run_it():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def small_task():
+    """Regression in 150 steps at two rates."""
+    return TASKS["regression"]()._replace(steps=150, rates=(1e-3, 1e-2))
+
+
+def outcome(start, final):
+    """Of runs of which nothing else matters."""
+    start, final = np.broadcast_arrays(np.asarray(start, float), np.asarray(final, float))
+    return Outcome(start, final, *[np.zeros_like(final)] * 3)
+
+
+@pytest.mark.parametrize("trials", [1, 2, 3, 5])
+def test_best_of_some_settings_is_the_mean_over_all_choices(trials):
+    losses = np.array([3.0, 1.0, 4.0, 1.5, 9.0])
+    choices = [min(choice) for choice in itertools.combinations(losses, trials)]
+    assert best_of(losses, trials) == pytest.approx(np.mean(choices), rel=1e-12)
+
+
+def test_more_trials_than_settings_are_an_error():
+    with pytest.raises(ValueError, match="`trials` must be at most the number of settings, 2"):
+        best_of(np.ones(2), 3)
+
+
+def test_a_run_that_ends_no_better_than_it_began_diverges_and_counts_with_its_start():
+    runs = outcome(2.0, [[1.0, np.nan], [0.5, 3.0]])
+    np.testing.assert_array_equal(diverged(runs), [[False, True], [False, True]])
+    # First seed: mean of 1 and 0.5, less 0.5; second: 2 at both rates.
+    np.testing.assert_allclose(sensitivity(runs), [0.25, 0.0])
+
+
+def test_lost_progress_is_in_units_of_the_way_from_the_start_to_the_best():
+    runs = {"a": outcome(3.0, [[1.0], [2.0]]), "b": outcome(3.0, [[1.5], [np.inf]])}
+    lost = lost_progress(runs)
+    np.testing.assert_allclose(lost["a"], [[0.0], [0.0]])
+    np.testing.assert_allclose(lost["b"], [[0.25], [0.5]])
+
+
+def test_the_interval_is_student_s():
+    # scipy.stats.ttest_1samp([1, 2, 3, 4]).confidence_interval() is 0.4457 to 4.5543.
+    found = interval(np.array([1.0, 2.0, 3.0, 4.0]))
+    assert found.mean == 2.5
+    assert found.half == pytest.approx(2.0543, rel=1e-4)
+
+
+def test_spikes_stand_out_from_the_window_before():
+    losses = np.random.default_rng(0).normal(size=400)
+    losses[[200, 300]] = 50.0, np.inf
+    found = []
+    for step in range(128, 400):
+        before = losses[step - 128 : step]
+        with np.errstate(invalid="ignore"):
+            found.append(not abs(losses[step] - np.mean(before)) <= 7 * np.std(before))
+    assert 0 < np.mean(found) < 0.5
+    np.testing.assert_allclose(spike_score(losses[None]), [np.mean(found)])
+
+
+def test_a_run_is_the_plain_loop():
+    task, seed, rate = small_task(), 3, 1e-2
+    key = jax.random.key(seed)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, 15, 150)
+    tx = optax.chain(smartclip.autoclip(), optax.sgd(schedule))
+
+    @jax.jit
+    def step(params, state, number):
+        batch_key, _ = jax.random.split(jax.random.fold_in(key, number))
+        grads = jax.grad(task.loss)(params, task.batch(batch_key))
+        updates, state = tx.update(grads, state)
+        return optax.apply_updates(params, updates), state
+
+    params = task.init(jax.random.fold_in(key, 150))
+    state, clipped = tx.init(params), []
+    for number in range(150):
+        params, state = step(params, state, number)
+        clipped.append(float(smartclip.metrics(state)["clip_scale"]))
+    runs = train(task, ARMS[AUTO], [1, seed], np.ones((2, 2)))
+    assert runs.final[1, 1] == pytest.approx(float(task.held_out(params)), rel=1e-3)
+    np.testing.assert_allclose(runs.scales[1, 1], clipped, rtol=1e-3)
+    assert np.min(clipped) < 1
+
+
+def test_a_factor_multiplies_the_rate():
+    task = small_task()
+    doubled = train(task, ARMS[NONE], [0], np.array([[2.0], [2.0]]))
+    faster = train(task._replace(rates=(2e-3, 2e-2)), ARMS[NONE], [0], np.ones((2, 1)))
+    np.testing.assert_allclose(doubled.final, faster.final, rtol=FLOAT32)
+
+
+def test_arms_report_how_much_they_scale():
+    task = small_task()
+    halved = train(task, Arm(optax.scale(0.5)), [0], np.ones((2, 1)))
+    np.testing.assert_allclose(halved.scales, 0.5, rtol=FLOAT32)
+    dropped = train(task, ARMS["skip_spikes(chain(autoclip(), tx))"], [0], np.ones((2, 1)))
+    assert np.any(dropped.scales == 0)
+
+
+def test_a_run_that_is_not_finite_ends_with_nan():
+    task = small_task()._replace(rates=(1e30,))
+    runs = train(task, ARMS[NONE], [0], np.ones((1, 1)))
+    assert np.isnan(runs.final).all()
+    assert diverged(summarize(runs)).all()
+
+
+def test_the_table_comes_back(tmp_path):
+    runs = Outcome(*np.random.default_rng(0).random((5, 2, 3)))
+    path = tmp_path / "new" / "task.csv"
+    append(path, "a machine", ("autoclip(scope='unit')", ARM), (0.1, 1.0), (0, 1, 2), runs)
+    append(path, "a machine", (NONE, CONTROL), (0.1, 1.0), (0, 1, 2), runs)
+    table = load(path)
+    assert path.read_text().count("# a machine") == 1
+    assert table.rates == (0.1, 1.0)
+    assert list(table.outcomes) == [("autoclip(scope='unit')", ARM), (NONE, CONTROL)]
+    np.testing.assert_allclose(table.outcomes[NONE, CONTROL], runs, rtol=1e-5)
+
+
+def test_an_arm_without_all_of_its_runs_is_an_error(tmp_path):
+    path = tmp_path / "task.csv"
+    append(path, "", (NONE, ARM), (0.1, 1.0), (0,), outcome(1.0, np.ones((2, 1))))
+    append(path, "", (AUTO, ARM), (0.1,), (0,), outcome(1.0, np.ones((1, 1))))
+    with pytest.raises(ValueError, match="lacks runs of"):
+        load(path)
+
+
+def test_a_study_goes_on_where_it_stopped(tmp_path, capsys):
+    path = tmp_path / "task.csv"
+    arms = (NONE, fixed(1.0))
+    study.run_task("task", small_task(), arms[:1], range(2), path)
+    first = path.read_text()
+    table = study.run_task("task", small_task(), arms, range(2), path)
+    assert path.read_text().startswith(first)
+    assert capsys.readouterr().out.count(NONE) == 1
+    assert list(table.outcomes) == [(NONE, ARM), (fixed(1.0), ARM), (fixed(1.0), CONTROL)]
+    # A smaller step is another run than a clipped gradient.
+    clipped, slower = table.outcomes[fixed(1.0), ARM], table.outcomes[fixed(1.0), CONTROL]
+    assert clipped.scale.max() < 1
+    assert np.all(slower.scale == 1)
+    assert not np.allclose(clipped.final, slower.final, rtol=1e-3)
+
+
+def test_signs_that_differ_are_named():
+    steady = 0.01 * np.arange(4)
+
+    def table(difference):
+        none, other = outcome(9.0, [1.0 + steady]), outcome(9.0, [1.0 + difference + steady])
+        return study.Table((0.1,), (0, 1, 2, 3), {(NONE, ARM): none, (AUTO, ARM): other})
+
+    assert study.compare_signs(table(0.1), table(0.5)) == []
+    (line,) = study.compare_signs(table(-0.1), table(0.5))
+    assert line.startswith("autoclip() less no clipping at 0.1: -0.1")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_has_a_loss_of_one_number_and_seven_rates_over_three_decades(name):
+    task = TASKS[name]()
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    batch = jax.eval_shape(task.batch, jax.random.key(0))
+    assert jax.eval_shape(task.loss, params, batch).shape == ()
+    assert jax.eval_shape(task.held_out, params).shape == ()
+    assert jax.eval_shape(task.damage, jax.random.key(0), params) == params
+    assert len(task.rates) >= 7
+    assert task.rates[-1] / task.rates[0] >= 999
+
+
+def test_a_pole_falls_by_the_equations_of_motion():
+    """Barto, Sutton and Anderson, 1983, without friction."""
+    states = np.random.default_rng(0).normal(size=(5, 4))
+    actions = np.array([0, 1, 1, 0, 1])
+    expected = []
+    for (x, v, angle, turning), action in zip(states, actions, strict=True):
+        force = 10.0 if action else -10.0
+        inertia = (force + 0.05 * turning**2 * np.sin(angle)) / 1.1
+        turn = 9.8 * np.sin(angle) - np.cos(angle) * inertia
+        turn /= 0.5 * (4 / 3 - 0.1 * np.cos(angle) ** 2 / 1.1)
+        speed = inertia - 0.05 * turn * np.cos(angle) / 1.1
+        expected.append(
+            [x + 0.02 * v, v + 0.02 * speed, angle + 0.02 * turning, turning + 0.02 * turn]
+        )
+    found = cartpole.push(jnp.float32(states), jnp.asarray(actions))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_products_of_patches_are_a_convolution():
+    rng = np.random.default_rng(0)
+    images = jnp.float32(rng.normal(size=(2, 8, 8, 3)))
+    kernel = jnp.float32(rng.normal(size=(3, 3, 3, 4)))
+    found = layers.dense({"kernel": kernel.reshape(27, 4), "bias": 0.0}, digits.patches(images))
+    expected = jax.lax.conv_general_dilated(
+        images, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_only_what_is_damaged_is_damaged():
+    batch = TASKS["damaged-examples"]().batch
+    factors = jax.vmap(lambda key: batch(key)[1])(jax.random.split(jax.random.key(0), 500))
+    num_bad = np.sum(np.asarray(factors) > 1, axis=(1, 2))
+    assert set(num_bad) == {0, 4}
+    # 2 % of 500, give or take four standard deviations.
+    assert 0 < np.sum(num_bad > 0) < 23
+
+    damage = TASKS["damaged-layer"]().damage
+    grads = {"first": jnp.ones(2), "second": {"kernel": jnp.ones(2)}}
+    damaged = jax.vmap(damage, (0, None))(jax.random.split(jax.random.key(0), 500), grads)
+    np.testing.assert_array_equal(damaged["first"], 1.0)
+    assert set(np.unique(damaged["second"]["kernel"])) == {1.0, 1000.0}
