@@ -79,8 +79,8 @@ def train(
     return Runs(*map(np.asarray, _program(task, arm)(jnp.array(seeds), rates.T)))
 
 
-# Without clipping, it trains the controls of all arms.
-@functools.cache
+# Of the last arm, and of no clipping, which trains the controls of all arms.
+@functools.lru_cache(maxsize=2)
 def _program(task: Task, arm: Arm) -> Callable[..., tuple[Array, ...]]:
     shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, task.steps // 10, task.steps)
 
