@@ -9,7 +9,7 @@ import optax
 import pytest
 from study import __main__ as study
 from study.arms import ARMS, AUTO, NONE, Arm, fixed
-from study.measures import best_of, diverged, interval, lost_progress, sensitivity
+from study.measures import best_at_budget, best_of, diverged, interval, lost_progress, sensitivity
 from study.results import ARM, CONTROL, Outcome, append, load, spike_score, summarize
 from study.tasks import TASKS, cartpole, digits, layers
 from study.training import train
@@ -55,6 +55,30 @@ def test_a_run_that_ends_no_better_than_it_began_diverges_and_counts_with_its_st
     np.testing.assert_allclose(sensitivity(runs), [0.25, 0.0])
 
 
+def test_a_run_that_a_high_rate_throws_back_to_chance_diverges():
+    # A rate that is too low gains little, too, and has not diverged.
+    runs = outcome(3.0, [[2.9, 2.9], [1.0, 1.0], [1.9, 2.1]])
+    np.testing.assert_array_equal(diverged(runs), [[False] * 2, [False] * 2, [False, True]])
+
+
+def test_a_budget_is_spent_on_rates_and_on_norms_alike():
+    one = outcome(9.0, [[4.0, 4.0], [2.0, 8.0]])
+    other = outcome(9.0, [[3.0, 5.0], [np.nan, 1.0]])
+    np.testing.assert_allclose(best_at_budget([one], 1), [3.0, 6.0])
+    # All pairs of 4, 2, 3, 9 and of 4, 8, 5, 1.
+    np.testing.assert_allclose(best_at_budget([one, other], 2), [16 / 6, 16 / 6])
+
+
+def test_a_control_is_what_a_smaller_step_does():
+    runs = {(NONE, ARM): outcome(5.0, [[4.0] * 3, [1.0] * 3])}
+    runs[AUTO, ARM] = outcome(5.0, [[3.0] * 3, [1.0] * 3])
+    runs[AUTO, CONTROL] = outcome(5.0, [[3.8] * 3, [1.0] * 3])
+    table = study.Table((0.1, 1.0), (0, 1, 2), runs)
+    # 0.8 less at one of two rates, in units of 4.
+    assert study.over_control(table, AUTO) == "-10 +- 0"
+    assert study.over_control(table, NONE) == "-"
+
+
 def test_lost_progress_is_in_units_of_the_way_from_the_start_to_the_best():
     runs = {"a": outcome(3.0, [[1.0], [2.0]]), "b": outcome(3.0, [[1.5], [np.inf]])}
     lost = lost_progress(runs)
@@ -73,8 +97,8 @@ def test_spikes_stand_out_from_the_window_before():
     losses = np.random.default_rng(0).normal(size=400)
     losses[[200, 300]] = 50.0, np.inf
     found = []
-    for step in range(128, 400):
-        before = losses[step - 128 : step]
+    for step in range(64, 400):
+        before = losses[step - 64 : step]
         with np.errstate(invalid="ignore"):
             found.append(not abs(losses[step] - np.mean(before)) <= 7 * np.std(before))
     assert 0 < np.mean(found) < 0.5
@@ -136,7 +160,7 @@ def test_the_table_comes_back(tmp_path):
     assert path.read_text().count("# a machine") == 1
     assert table.rates == (0.1, 1.0)
     assert list(table.outcomes) == [("autoclip(scope='unit')", ARM), (NONE, CONTROL)]
-    np.testing.assert_allclose(table.outcomes[NONE, CONTROL], runs, rtol=1e-5)
+    np.testing.assert_allclose(table.outcomes[NONE, CONTROL], runs, rtol=1e-4)
 
 
 def test_an_arm_without_all_of_its_runs_is_an_error(tmp_path):

@@ -38,14 +38,24 @@ import numpy as np
 import optax
 from machine import describe_machine
 from study import pictures
-from study.arms import ARMS, AUTO, NONE, fixed
-from study.measures import capped, diverged, interval, lost_progress, sensitivity
+from study.arms import ARMS, AUTO, FIXED_NORMS, NONE, fixed
+from study.measures import (
+    best_at_budget,
+    best_progress,
+    capped,
+    diverged,
+    interval,
+    lost_progress,
+    sensitivity,
+)
 from study.results import ARM, CONTROL, Table, append, load, summarize
 from study.tasks import TASKS
 from study.training import Task, train
 
 STORED = Path(__file__).parent / "results"
 NUM_SEEDS = 12
+# How many settings anyone would try.
+TRIALS = 3
 QUICK_ARMS = (NONE, fixed(1.0), AUTO)
 QUICK_SEEDS = 4
 # Every third rate: low, middle, high.
@@ -79,15 +89,30 @@ def print_table(task: Task, table: Table) -> None:
     lost = lost_progress(outcomes)
     rates = "".join(f"{rate:>9g}" for rate in table.rates)
     print(f"\n{task.title}: {task.unit} at the end, {len(table.seeds)} seeds")
-    print(f"{'':36}{rates}   sensitivity        lost %           diverge  spikes  clipped  scale")
+    print(f"{'':36}{rates}   sensitivity       best of {TRIALS}         lost %         ", end="")
+    print("over control %  diverge  spikes  clipped  scale")
     for arm, outcome in outcomes.items():
         losses = "".join(f"{loss:>9.4g}" for loss in capped(outcome).mean(axis=1))
+        best = interval(best_at_budget([outcome], TRIALS))
         behind = interval(100 * lost[arm].mean(axis=0))
         print(
-            f"{arm:36}{losses}   {interval(sensitivity(outcome))!s:17}  {behind!s:15}"
-            f"{diverged(outcome).mean():>9.0%}{outcome.spikes.mean():>8.2%}"
-            f"{outcome.clipped.mean():>9.0%}{outcome.scale.mean():>7.2f}"
+            f"{arm:36}{losses}   {interval(sensitivity(outcome))!s:18}{best!s:18}{behind!s:15}"
+            f"{over_control(table, arm):16}{diverged(outcome).mean():>7.0%}"
+            f"{outcome.spikes.mean():>8.2%}{outcome.clipped.mean():>9.0%}{outcome.scale.mean():>7.2f}"
         )
+    settings = [outcomes[fixed(norm)] for norm in FIXED_NORMS if fixed(norm) in outcomes]
+    if len(settings) == len(FIXED_NORMS):
+        best = interval(best_at_budget(settings, TRIALS))
+        print(f"{'clip_by_global_norm, norm tuned':{36 + len(rates) + 21}}{best}")
+
+
+def over_control(table: Table, arm: str) -> str:
+    """By how much the loss is above that of a smaller step, in % of the best progress."""
+    if (arm, CONTROL) not in table.outcomes:
+        return "-"
+    losses, of_control = (capped(table.outcomes[arm, kind]) for kind in (ARM, CONTROL))
+    unit = best_progress(pictures.of_arms(table))
+    return str(interval(100 * (losses - of_control).mean(axis=0) / unit))
 
 
 def compare_signs(table: Table, stored: Table) -> list[str]:

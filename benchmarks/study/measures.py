@@ -1,10 +1,11 @@
 """From the losses of all runs to the figures that are reported.
 
-Losses are `[rates, seeds]`. A run that diverges counts with its loss at the start, so that one such
-run does not hide what the others did.
+Losses are `[rates, seeds]`. A run that ends no better than it began counts with its loss at the
+start, so that one such run does not hide what the others did.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,14 +31,23 @@ def interval(figures: np.ndarray) -> Interval:
     return Interval(float(np.mean(figures)), float(half))
 
 
-def diverged(outcome: Outcome) -> np.ndarray:
-    """Which runs end no better than they began, or not finite."""
-    return ~(outcome.final < outcome.start)
-
-
 def capped(outcome: Outcome) -> Figures:
-    """The final loss, or that of the start where a run diverged."""
-    return np.where(diverged(outcome), outcome.start, outcome.final)
+    """The final loss, or that of the start where a run ended worse or not finite."""
+    return np.where(outcome.final < outcome.start, outcome.final, outcome.start)
+
+
+def diverged(outcome: Outcome) -> np.ndarray:
+    """Which runs end no better than they began, or lost most of what a lower rate gains.
+
+    A network whose units have died ends at chance, and that may be better than it began. Hence a
+    run has also diverged if its rate is above the arm's best, and it ends with less than half of
+    the progress at that rate.
+    """
+    losses = capped(outcome)
+    means = losses.mean(axis=1)
+    is_faster = np.arange(len(means))[:, None] > means.argmin()
+    lost_most = losses > (outcome.start + means.min()) / 2
+    return ~(outcome.final < outcome.start) | (is_faster & lost_most)
 
 
 def sensitivity(outcome: Outcome) -> np.ndarray:
@@ -63,15 +73,30 @@ def best_of(losses: np.ndarray, trials: int) -> float:
     return float(np.dot(np.sort(losses), ways) / math.comb(num, trials))
 
 
-def lost_progress(outcomes: dict[str, Outcome]) -> dict[str, Figures]:
-    """How far each run is behind the best arm at its rate, in units of the best progress.
+def best_at_budget(outcomes: Sequence[Outcome], trials: int) -> np.ndarray:
+    """The expected least loss of so many trials, for each seed.
 
-    1 is the distance from the loss at the start to the best mean loss of any arm at any rate.
+    A setting is a rate, and for an arm that has to be tuned, a rate with one of its norms.
+
+    Args:
+        outcomes: One for each setting of the arm.
+        trials: How many settings are tried, drawn at random.
     """
-    means = {name: capped(outcome).mean(axis=1) for name, outcome in outcomes.items()}
-    best = np.min(list(means.values()), axis=0)
-    leaders = [min(means, key=lambda name: means[name][row]) for row in range(len(best))]
-    leading = np.stack([capped(outcomes[name])[row] for row, name in enumerate(leaders)])
+    losses = np.concatenate([capped(outcome) for outcome in outcomes])
+    return np.array([best_of(of_seed, trials) for of_seed in losses.T])
+
+
+def best_progress(outcomes: Mapping[str, Outcome]) -> float:
+    """From the loss at the start to the best mean loss of any arm at any rate."""
     start = np.mean([outcome.start.mean() for outcome in outcomes.values()])
-    unit = start - best.min()
+    return float(start - min(capped(outcome).mean(axis=1).min() for outcome in outcomes.values()))
+
+
+def lost_progress(outcomes: Mapping[str, Outcome]) -> dict[str, Figures]:
+    """How far each run is behind the best arm at its rate, in units of the best progress."""
+    means = {name: capped(outcome).mean(axis=1) for name, outcome in outcomes.items()}
+    num_rates = len(next(iter(means.values())))
+    leaders = [min(means, key=lambda name: means[name][row]) for row in range(num_rates)]
+    leading = np.stack([capped(outcomes[name])[row] for row, name in enumerate(leaders)])
+    unit = best_progress(outcomes)
     return {name: (capped(outcome) - leading) / unit for name, outcome in outcomes.items()}

@@ -1,6 +1,6 @@
 """The table of all runs: a CSV file for each task, to which each arm is added when it is done.
 
-append(path, "rnn-adam", machine, ("autoclip()", ARM), rates, seeds, outcome)
+append(path, machine, ("autoclip()", ARM), rates, seeds, outcome)
 table = load(path)
 table.outcomes["autoclip()", ARM].final  # [rates, seeds]
 """
@@ -16,7 +16,7 @@ from study.training import Figures, Runs
 # What a row is about: an arm, or no clipping at the rate times the mean scale of that run.
 ARM, CONTROL = "arm", "control"
 SPIKE_SIGMAS = 7.0
-SPIKE_WINDOW = 128
+SPIKE_WINDOW = 64
 
 
 class Outcome(NamedTuple):
@@ -26,7 +26,7 @@ class Outcome(NamedTuple):
         start: Loss before training.
         final: Loss at the end; NaN if parameters were not finite.
         spikes: Share of steps with a training loss over 7 standard deviations from the mean of
-            the 128 before (OLMo 2, arXiv 2501.00656, with a shorter window).
+            the 64 before (OLMo 2, arXiv 2501.00656, with a shorter window).
         clipped: Share of steps with a scale below 1.
         scale: Mean scale.
     """
@@ -84,7 +84,7 @@ def append(
     lines = [f"# {machine}", ",".join(COLUMNS)] if not path.exists() else []
     for i, rate in enumerate(rates):
         for j, seed in enumerate(seeds):
-            figures = (f"{figure[i, j]:.6g}" for figure in outcome)
+            figures = (f"{figure[i, j]:.5g}" for figure in outcome)
             arm, kind = name
             lines.append(",".join([f'"{arm}"', kind, f"{rate:g}", f"{seed}", *figures]))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -104,6 +104,13 @@ def _program(task: Task, arm: Arm) -> Callable[..., tuple[Array, ...]]:
         is_finite = jnp.isfinite(optax.tree.norm(params))
         return start, jnp.where(is_finite, task.held_out(params), jnp.nan), losses, scales
 
-    # A batch depends on its seed only: it is drawn once for all rates.
-    all_rates = jax.vmap(run, in_axes=(None, 0), out_axes=0)
-    return jax.jit(jax.vmap(all_rates, in_axes=(0, 0), out_axes=1))
+    # A batch depends on its seed only: it is drawn once for all rates. Seeds come one after the
+    # other, since the activations of all runs together do not fit into a processor's cache: the
+    # recurrent network trains 2.5 times as fast so, and the transformer 1.7 times.
+    all_rates = jax.vmap(run, in_axes=(None, 0))
+
+    def all_runs(seeds, rates):
+        runs = jax.lax.map(lambda pair: all_rates(*pair), (seeds, rates))
+        return tuple(jnp.swapaxes(figures, 0, 1) for figures in runs)
+
+    return jax.jit(all_runs)

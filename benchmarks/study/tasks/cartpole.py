@@ -12,9 +12,9 @@ from study.training import Task
 PyTree = Any
 States = Float[Array, "carts 4"]
 
-NUM_CARTS = 16
+NUM_CARTS = 4
 NUM_HELD_OUT = 64
-HORIZON = 128
+HORIZON = 256
 
 GRAVITY, CART_MASS, POLE_MASS, HALF_LENGTH = 9.8, 1.0, 0.1, 0.5
 FORCE, SECONDS = 10.0, 0.02
@@ -70,7 +70,7 @@ def reinforce_loss(params: PyTree, key: Key[Array, ""]) -> Float[Array, ""]:
 
 
 def cartpole(title: str) -> Task:
-    """A policy that is to keep the pole up for 128 steps."""
+    """A policy that is to keep the pole up for 256 steps."""
     held_out_key = jax.random.key(-1)
 
     def share_of_steps_down(params: PyTree) -> Float[Array, ""]:
@@ -80,7 +80,7 @@ def cartpole(title: str) -> Task:
     return Task(
         title=title,
         unit="share of time down",
-        steps=150,
+        steps=100,
         rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
         optimizer=optax.adam,
         init=lambda key: mlp_init(key, 4, 32, 2),

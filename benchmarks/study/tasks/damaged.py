@@ -64,7 +64,7 @@ def damaged(title: str, kind: str) -> Task:
     return Task(
         title=title,
         unit="bits/char",
-        steps=600,
+        steps=400,
         rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
         optimizer=lambda schedule: optax.adamw(schedule, weight_decay=1e-2),
         init=init,

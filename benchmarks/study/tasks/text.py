@@ -17,7 +17,7 @@ CONTEXT = 32
 WIDTH = 32
 HEADS = 2
 LAYERS = 2
-BATCH = 16
+BATCH = 8
 
 
 def draw_windows(
@@ -43,7 +43,7 @@ def rnn(title: str, optimizer: Optimizer, rates: tuple[float, ...]) -> Task:
     return Task(
         title=title,
         unit="bits/char",
-        steps=700,
+        steps=400,
         rates=rates,
         optimizer=optimizer,
         init=init,
@@ -109,7 +109,7 @@ def language_model(title: str, b2: float, dtype: Any = jnp.float32) -> Task:
     return Task(
         title=title,
         unit="bits/char",
-        steps=500,
+        steps=400,
         rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
         optimizer=lambda schedule: optax.adamw(schedule, b2=b2, weight_decay=1e-2),
         init=lambda key: transformer_init(key, corpus.num_characters),
