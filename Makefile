@@ -8,7 +8,7 @@ ACCELERATORS := .venv-accelerators
 # Two workers: more cost more in compilation than they gain.
 WORKERS ?= 2
 
-.PHONY: test test-long test-lowest test-deprecations demo spikes lint format wheel bench accelerators memory memory-accelerators soak study rules mutation docs links colabs clean
+.PHONY: test test-long test-lowest test-deprecations demo spikes lint format wheel bench accelerators memory memory-accelerators soak study study-rules rules mutation docs links colabs clean
 
 test: lint $(VENV)/test
 	$(BIN)/pytest -n $(WORKERS) --cov --cov-report=term
@@ -65,7 +65,7 @@ memory: $(VENV)/test
 memory-accelerators: $(ACCELERATORS)/accelerators
 	$(ACCELERATORS)/bin/python benchmarks/memory.py --devices v5e h100
 
-# Why autoclip() follows the rule that it does.
+# Why autoclip() follows the rule that it does: what candidates do about thirteen streams of norms.
 rules: $(VENV)/test
 	$(BIN)/python benchmarks/auto_rules.py
 
@@ -76,6 +76,10 @@ soak: $(VENV)/test
 # Which clipper, at which learning rate: hours; ARGS="--task regression" for a part.
 study: $(VENV)/study
 	PYTHONPATH=benchmarks:examples $(BIN)/python -m study $(ARGS)
+
+# Why autoclip() follows the rule that it does: what candidates lose on half of the study.
+study-rules: $(VENV)/study
+	PYTHONPATH=benchmarks:examples $(BIN)/python -m study.rules $(ARGS)
 
 # Which small mistakes would the tests not notice? Half an hour; ARGS="--modules norms" for a part.
 mutation: $(VENV)/mutation

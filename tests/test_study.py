@@ -1,6 +1,7 @@
 """The study of learning rates: its measures, its table, and that a run is what it says."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from study import __main__ as study
+from study import rules
 from study.arms import ARMS, AUTO, NONE, Arm, fixed
 from study.measures import best_at_budget, best_of, diverged, interval, lost_progress, sensitivity
 from study.results import ARM, CONTROL, Outcome, append, load, spike_score, summarize
@@ -253,3 +255,52 @@ def test_only_what_is_damaged_is_damaged():
     damaged = jax.vmap(damage, (0, None))(jax.random.split(jax.random.key(0), 500), grads)
     np.testing.assert_array_equal(damaged["first"], 1.0)
     assert set(np.unique(damaged["second"]["kernel"])) == {1.0, 1000.0}
+
+
+def test_a_promise_is_kept_within_one_percent_or_noise():
+    rows = [[1.0] * 4, [1.0] * 4, [1.0] * 4]
+    best = outcome(5.0, rows)
+    # 0.5 % behind; 25 % behind in every seed; 5 % behind, in one seed of four.
+    behind = outcome(5.0, [[1.02] * 4, [2.0] * 4, [1.8, 1.0, 1.0, 1.0]])
+    found = rules.judge(behind, {"best": best, "behind": behind}, slice(0, 4))
+    np.testing.assert_allclose(found, (2 / 3, (0.5 + 25 + 5) / 3, 25.0, 0.0), rtol=1e-9)
+
+
+def test_only_the_named_seeds_are_judged():
+    both = {"a": outcome(5.0, [[1.0, 1.0, 4.0, 4.0]]), "b": outcome(5.0, [[2.0, 2.0, 1.0, 1.0]])}
+    assert rules.judge(both["a"], both, slice(0, 2)).lost == 0.0
+    assert rules.judge(both["a"], both, slice(2, 4)).lost == pytest.approx(75.0)
+
+
+@pytest.mark.parametrize("name", rules.CANDIDATES)
+def test_a_candidate_is_its_equation(name):
+    """From sorted norms, in float64."""
+    norms = np.random.default_rng(0).lognormal(sigma=0.5, size=60)
+    norms[-1] = 6.0
+    tx = rules.CANDIDATES[name].clipper
+    state, update = tx.init({"w": jnp.zeros(1)}), jax.jit(tx.update)
+    for norm in norms:
+        _, state = update({"w": jnp.full(1, norm)}, state)
+    threshold = float(smartclip.metrics(state)["clip_threshold"])
+    window = int(name.split(" of ")[1].split(",")[0]) if " of " in name else 112
+    q10, q25, q50, q75 = np.percentile(norms[:-1][-window:], [10, 25, 50, 75])
+    fence, norm = q75 + 1.5 * (q75 - q25), norms[-1]
+    limits = {
+        "upper fence": fence,
+        "q75": q75,
+        "median": q50,
+        "q25": q25,
+        "q10": q10,
+        "above upper fence, to median": q50 if norm > fence else norm,
+        "above upper fence, reciprocal": max(q50, fence**2 / norm) if norm > fence else norm,
+        "root from median": min(fence, np.sqrt(q50 * max(norm, q50))),
+        "root from q25": min(fence, np.sqrt(q25 * max(norm, q25))),
+    }
+    if name.startswith("lower half"):
+        expected = q50 + float(name.split(", ")[1]) * (q50 - q25)
+    else:
+        expected = limits[re.split(", falls|, 1 median| of ", name)[0]]
+    if "falls" in name:
+        assert threshold <= expected
+    else:
+        assert threshold == pytest.approx(expected, rel=1e-5)

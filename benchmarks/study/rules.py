@@ -1,0 +1,265 @@
+"""Which rule does `autoclip()` follow when it is given no percentile?
+
+    make study-rules [ARGS="--out study"]
+
+Trains candidates on half of the tasks with half of the seeds, and compares each with the arms that
+`make study` has trained there: a rule is to be, in every task and at every rate, within 1 % of the
+best arm or within noise of it, and to diverge no more often. The choice is made from the first
+table. The second one has the same figures of all arms on the other tasks and seeds.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Int32
+from machine import describe_machine
+from study.__main__ import NUM_SEEDS, STORED
+from study.arms import Arm
+from study.measures import best_progress, capped, diverged, interval
+from study.pictures import of_arms
+from study.results import ARM, Outcome, append, load, summarize
+from study.tasks import TASKS
+from study.training import train
+
+import optax_smartclip as smartclip
+from optax_smartclip.engine.norms import Norms
+
+CHOOSING_TASKS = (
+    "rnn-adam",
+    "lm-b2-0.95",
+    "conv-16",
+    "conv-adam",
+    "regression",
+    "damaged-layer",
+    "policy",
+    "normalized",
+)
+CHOOSING_SEEDS = slice(0, NUM_SEEDS // 2)
+REPORTING_SEEDS = slice(NUM_SEEDS // 2, NUM_SEEDS)
+WITHIN = 1.0
+
+# From a function of a percentile, and the norm of this step, to the threshold.
+Limit = Callable[[Callable[[float], Norms], Norms], Norms]
+
+
+class RuleState(NamedTuple):
+    """The norms before this one, how many there were, and the least threshold so far."""
+
+    history: Any
+    num_recorded: Int32[Array, " groups"]
+    lowest: Norms
+
+
+def candidate(
+    limit: Limit, *, window: int = 112, early_factor: float = 1.5, falls_for: int = 0
+) -> Arm:
+    """A clipper with this limit, and a multiple of the median until there are 10 norms.
+
+    Args:
+        limit: The threshold.
+        window: How many norms are kept.
+        early_factor: Of the median of the first norms.
+        falls_for: In how many of the first steps the threshold may not rise.
+    """
+    history = smartclip.ring_buffer(window)
+
+    def init(num_groups: int) -> RuleState:
+        counts = jnp.zeros(num_groups, jnp.int32)
+        return RuleState(history.init(num_groups), counts, jnp.full(num_groups, jnp.inf))
+
+    def threshold(state: RuleState, norms: Norms) -> Norms:
+        def percentile(percent: float) -> Norms:
+            return history.percentile(state.history, percent)
+
+        is_early = state.num_recorded < 10
+        limits = jnp.where(is_early, early_factor * percentile(50.0), limit(percentile, norms))
+        falls = state.num_recorded < falls_for
+        limits = jnp.where(falls, jnp.minimum(limits, state.lowest), limits)
+        return jnp.where(limits > 0, limits, jnp.inf)
+
+    def record(state: RuleState, norms: Norms, thresholds: Norms) -> RuleState:
+        is_first = state.num_recorded == 0
+        lowest = jnp.where(is_first, jnp.inf, jnp.minimum(state.lowest, thresholds))
+        return RuleState(history.record(state.history, norms), state.num_recorded + 1, lowest)
+
+    rule = smartclip.ThresholdRule(init, threshold, record)
+    return Arm(smartclip.clip_by_rule(rule, warmup_steps=1))
+
+
+def quantile(percent: float) -> Limit:
+    """The percentile."""
+    return lambda percentile, norms: percentile(percent)
+
+
+def upper_fence(percentile: Callable[[float], Norms], norms: Norms) -> Norms:
+    """Tukey's: q75 + 1.5 (q75 - q25)."""
+    del norms
+    return percentile(75.0) + 1.5 * (percentile(75.0) - percentile(25.0))
+
+
+def lower_half(factor: float) -> Limit:
+    """The median and a multiple of its distance to q25: what is above the median has no say."""
+
+    def limit(percentile: Callable[[float], Norms], norms: Norms) -> Norms:
+        del norms
+        return percentile(50.0) + factor * (percentile(50.0) - percentile(25.0))
+
+    return limit
+
+
+def to_median(percentile: Callable[[float], Norms], norms: Norms) -> Norms:
+    """The median, for norms above the upper fence only."""
+    return jnp.where(norms > upper_fence(percentile, norms), percentile(50.0), norms)
+
+
+def reciprocal(percentile: Callable[[float], Norms], norms: Norms) -> Norms:
+    """The larger a norm above the upper fence, the lower it is cut, down to the median (ZClip)."""
+    fence = upper_fence(percentile, norms)
+    cut = jnp.maximum(percentile(50.0), fence * fence / norms)
+    return jnp.where(norms > fence, cut, norms)
+
+
+def root(percent: float) -> Limit:
+    """The geometric mean of the norm and a percentile, at most the upper fence."""
+
+    def limit(percentile: Callable[[float], Norms], norms: Norms) -> Norms:
+        level = percentile(percent)
+        return jnp.minimum(
+            upper_fence(percentile, norms), jnp.sqrt(level * jnp.maximum(norms, level))
+        )
+
+    return limit
+
+
+CANDIDATES: dict[str, Arm] = {
+    "upper fence": candidate(upper_fence, early_factor=3.0),
+    "upper fence, 1 median early": candidate(upper_fence, early_factor=1.0),
+    "upper fence, falls for 112": candidate(upper_fence, early_factor=1.0, falls_for=112),
+    "upper fence of 32": candidate(upper_fence, early_factor=3.0, window=32),
+    "q75": candidate(quantile(75.0)),
+    "median": candidate(quantile(50.0), early_factor=1.0),
+    "median, falls for 112": candidate(quantile(50.0), early_factor=1.0, falls_for=112),
+    "median of 32": candidate(quantile(50.0), early_factor=1.0, window=32),
+    "q25": candidate(quantile(25.0), early_factor=1.0),
+    "q10": candidate(quantile(10.0), early_factor=1.0),
+    "above upper fence, to median": candidate(to_median, early_factor=3.0),
+    "above upper fence, reciprocal": candidate(reciprocal, early_factor=3.0),
+    "root from median": candidate(root(50.0), early_factor=1.0),
+    "root from q25": candidate(root(25.0), early_factor=1.0),
+    **{f"lower half, {factor:g}": candidate(lower_half(factor)) for factor in (1, 1.5, 2, 3, 4)},
+    "lower half, 1.5, of 64": candidate(lower_half(1.5), window=64),
+    "lower half, 2.5, of 48": candidate(lower_half(2.5), window=48),
+    "lower half, 3, of 48": candidate(lower_half(3.0), window=48),
+    "lower half, 2.5, of 48, 3 early": candidate(lower_half(2.5), window=48, early_factor=3.0),
+}
+
+
+class Figures(NamedTuple):
+    """How well an arm keeps the promise, over the rates of a task.
+
+    Attributes:
+        kept: Share of rates at which it is within 1 % of the best arm, or within noise.
+        lost: Mean over rates of how far it is behind, in % of the best progress.
+        worst: The largest of them.
+        diverged: Share of runs that diverge.
+    """
+
+    kept: float
+    lost: float
+    worst: float
+    diverged: float
+
+
+def judge(outcome: Outcome, arms: Mapping[str, Outcome], seeds: slice) -> Figures:
+    """Compares with the arm that is best at each rate, paired over these seeds."""
+    arms = {name: _of_seeds(other, seeds) for name, other in arms.items()}
+    outcome = _of_seeds(outcome, seeds)
+    losses = {name: capped(other) for name, other in arms.items()}
+    means = {name: loss.mean(axis=1) for name, loss in losses.items()}
+    kept, behind = [], []
+    for row, own in enumerate(capped(outcome)):
+        best = min(means, key=lambda name: means[name][row])
+        found = interval(100 * (own - losses[best][row]) / best_progress(arms))
+        kept.append(found.mean <= max(WITHIN, found.half))
+        behind.append(max(found.mean, 0.0))
+    return Figures(
+        float(np.mean(kept)),
+        float(np.mean(behind)),
+        float(np.max(behind)),
+        float(np.mean(diverged(outcome))),
+    )
+
+
+def _of_seeds(outcome: Outcome, seeds: slice) -> Outcome:
+    num_seeds = range(outcome.final.shape[1])[seeds]
+    return Outcome(*(figure[:, num_seeds] for figure in outcome))
+
+
+def train_candidates(folder: Path) -> None:
+    """Trains what the files lack."""
+    seeds = range(NUM_SEEDS)[CHOOSING_SEEDS]
+    for name in CHOOSING_TASKS:
+        task, path = TASKS[name](), folder / f"{name}.csv"
+        for rule, arm in CANDIDATES.items():
+            if (rule, ARM) in load(path).outcomes:
+                continue
+            start = time.perf_counter()
+            outcome = summarize(train(task, arm, seeds, np.ones((len(task.rates), len(seeds)))))
+            append(path, describe_machine(jax, optax), (rule, ARM), task.rates, seeds, outcome)
+            print(f"{name}: {rule}, after {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def print_figures(title: str, figures: Mapping[str, Mapping[str, Figures]]) -> None:
+    """A line for each rule, those that keep the promise most often first."""
+    tasks = list(next(iter(figures.values())))
+    print(f"\n{title}: {', '.join(tasks)}")
+    print(f"{'':36}{'kept':>7}{'lost %':>8}{'worst %':>9}{'diverge':>9}   lost % in each")
+
+    def of(rule: str) -> np.ndarray:
+        return np.array(list(figures[rule].values()))
+
+    for rule in sorted(figures, key=lambda rule: (-of(rule)[:, 0].mean(), of(rule)[:, 1].mean())):
+        kept, lost, worst, diverge = of(rule).T
+        each = "".join(f"{figure:6.1f}" for figure in lost)
+        print(
+            f"{rule:36}{kept.mean():7.0%}{lost.mean():8.2f}{worst.max():9.1f}"
+            f"{diverge.mean():9.1%}  {each}"
+        )
+
+
+def main(args: list[str] | None = None) -> int:
+    """Trains, prints."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--results", type=Path, default=STORED, help="of make study")
+    parser.add_argument("--out", type=Path, default=Path("study/rules"))
+    options = parser.parse_args(args)
+
+    train_candidates(options.out)
+    found: dict[str, dict[str, Figures]] = {}
+    for name in CHOOSING_TASKS:
+        arms = of_arms(load(options.results / f"{name}.csv"))
+        # Judged by the others, as the candidates are.
+        others = {arm: outcome for arm, outcome in arms.items() if "autoclip()" not in arm}
+        for rule, outcome in (others | of_arms(load(options.out / f"{name}.csv"))).items():
+            found.setdefault(rule, {})[name] = judge(outcome, others, CHOOSING_SEEDS)
+    print_figures("Chosen on", found)
+
+    reported: dict[str, dict[str, Figures]] = {}
+    for name in [name for name in TASKS if name not in CHOOSING_TASKS]:
+        arms = of_arms(load(options.results / f"{name}.csv"))
+        for arm, outcome in arms.items():
+            reported.setdefault(arm, {})[name] = judge(outcome, arms, REPORTING_SEEDS)
+    print_figures("Reported on", reported)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
