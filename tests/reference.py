@@ -43,6 +43,16 @@ def fence_thresholds(norms, size: int = 112, warmup_steps: int = 1) -> np.ndarra
     return np.array(thresholds)
 
 
+def lower_fence_thresholds(norms, size: int = 48) -> np.ndarray:
+    """The median and 2.5 times its distance to q25; of fewer than 10 norms, 1.5 times the median."""
+    thresholds = []
+    for t in range(len(norms)):
+        past = window(norms, t, size)
+        q25, median = np.percentile(past, [25, 50]) if past.size else (np.inf, np.inf)
+        thresholds.append(1.5 * median if len(past) < 10 else median + 2.5 * (median - q25))
+    return np.array(thresholds)
+
+
 def zscore_thresholds(
     norms, zmax: float = 3.0, decay: float = 0.99, warmup_steps: int = 1
 ) -> np.ndarray:

@@ -1,13 +1,16 @@
-"""AutoClip: clip at a percentile of the norms so far, or at the fence of their box plot.
+"""AutoClip: clip at a percentile of the norms so far, or at a fence around the usual ones.
 
     percentile mode   threshold = P_p(n_1 .. n_t), the current norm included
-    auto mode         threshold = q75 + 1.5 (q75 - q25) of the norms before the current one
+    auto mode         of the norms before the current one, threshold =
+      outliers_only=True   q75 + 1.5 (q75 - q25)
+      outliers_only=False  q50 + 2.5 (q50 - q25)
 
 Seetharaman, Wichern, Pardo, Le Roux, `AutoClip: Adaptive Gradient Clipping for Source Separation
 Networks <https://arxiv.org/abs/2007.14469>`_, 2020. Tukey, *Exploratory Data Analysis*, 1977
 (the inner fence of the box plot, beyond which a value is called an outlier).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -27,19 +30,25 @@ from optax_smartclip.histories.ring_buffer import ring_buffer
 # Tukey's constant. It puts the fence at 2.7 standard deviations of normally distributed norms
 # (0.4 % of them are above), and no upper quarter of spikes can move it by more than it would if
 # they were ordinary large norms. benchmarks/auto_rules.py prints how other rules fare.
-_FENCE = 1.5
-
+_UPPER_FENCE = 1.5
 # Long enough for quartiles that are not mostly noise, short enough for the fence to follow a
 # level that rises tenfold within 100 steps (with 128 norms, a sixth of the gradient is cut on the
 # way). The percentile mode asks for far percentiles, which take more norms to know.
-AUTO_WINDOW = 112
+_UPPER_WINDOW = 112
 _PERCENTILE_WINDOW = 1024
 
-# The fence of fewer norms than this is mostly noise. Until there are as many, this many times
-# their median takes its place: wide enough for noise, and it catches the batch that would
-# otherwise sit in Adam's moments from the start of the run on.
+# At 1.7 standard deviations of normally distributed norms (5 % are above). benchmarks/study/rules.py
+# prints how other rules train. The median follows a rise later than the upper quartile does, hence
+# the shorter window; no shorter one withstands a burst of twenty spikes.
+_LOWER_FENCE = 2.5
+_LOWER_WINDOW = 48
+
+# The fence of fewer norms than this is mostly noise. Until there are as many, a multiple of their
+# median takes its place, which catches the batch that would otherwise sit in Adam's moments from
+# the start of the run on. The upper fence's is wide enough for noise.
 _FENCE_MIN_NORMS = 10
-_EARLY_FACTOR = 3.0
+_UPPER_EARLY_FACTOR = 3.0
+_LOWER_EARLY_FACTOR = 1.5
 
 
 @state
@@ -58,6 +67,7 @@ class FenceState:
 def autoclip(
     percentile: Any = None,
     *,
+    outliers_only: Any = True,
     history: NormHistory | None = None,
     scope: Scope = "global",
     stacked: Stacked = None,
@@ -76,19 +86,27 @@ def autoclip(
     the window can lift it beyond the ordinary norms. Until there are 10 norms, the threshold is
     three times their median; only the first step of a run has nothing to be compared with.
 
+    With `outliers_only=False`, the step is steadied as well: the threshold is
+    `q50 + 2.5 * (q50 - q25)` of the last 48 norms before the current one, so that norms above the
+    median, where spikes are, have no say in it. About one step of ten is cut by a little where
+    norms are noise, and more where their upper tail is heavy. Until there are 10 norms, the
+    threshold is 1.5 times their median.
+
     With a percentile, gradients are cut to that percentile of the last 1,024 raw norms, *the
     current one included*, as in the AutoClip paper (which keeps all norms ever seen; use
     `ring_buffer(steps)` for the same). Note what this asks for: `autoclip(10.0)`, the paper's
     recommendation, scales down 90 % of all steps.
 
-    In both modes the raw norm is what is recorded, clipped or not, so that a lasting change is
+    In all of them the raw norm is what is recorded, clipped or not, so that a lasting change is
     learnt; zero, NaN and Inf never are. (The paper's code records zeros.)
 
     Args:
         percentile: In [0, 100], or None for the auto mode.
+        outliers_only: Of the auto mode, whether ordinary noise is left alone.
         history: Where norms are kept: `ring_buffer(size)`, `log_histogram()` (the whole run) or,
             with a percentile, `geometric_quantile(rate)`. By default `ring_buffer(112)` in auto
-            mode and `ring_buffer(1024)` with a percentile.
+            mode, `ring_buffer(48)` if not `outliers_only`, and `ring_buffer(1024)` with a
+            percentile.
         scope: Which leaves share one norm; see `clip_by_rule`.
         stacked: Axes that count layers, each with a norm of its own; see `clip_by_rule`.
         mask: Which leaves take part; see `clip_by_rule`.
@@ -102,8 +120,9 @@ def autoclip(
         A gradient transformation. Its state has the history and the last step's metrics.
 
     Raises:
-        ValueError: If an argument is out of range, or `history` cannot answer what the mode asks
-            of it (the auto mode needs three percentiles).
+        ValueError: If an argument is out of range, `outliers_only` is False with a percentile,
+            or `history` cannot answer what the mode asks of it (the auto mode needs three
+            percentiles, and two if not `outliers_only`).
 
     Example:
         >>> import jax.numpy as jnp
@@ -119,12 +138,17 @@ def autoclip(
         >>> print(f"{optax.tree.norm(updates):.2f}")
         3.50
     """
+    if not isinstance(outliers_only, bool):
+        raise ValueError(f"`outliers_only` must be True or False, got {outliers_only!r}.")
     if percentile is None:
-        history = ring_buffer(AUTO_WINDOW) if history is None else history
-        rule = fence_rule(history)
+        rule = fence_rule(history) if outliers_only else lower_fence_rule(history)
         warmup_steps = 1 if warmup_steps is None else warmup_steps
     else:
         checks.check_number("percentile", percentile, 0.0, 100.0, allowed="in [0, 100], or None")
+        if not outliers_only:
+            raise ValueError(
+                "`outliers_only` must be True with a percentile, which says what is cut, got False."
+            )
         history = ring_buffer(_PERCENTILE_WINDOW) if history is None else history
         rule = percentile_rule(history, percentile)
         warmup_steps = 0 if warmup_steps is None else warmup_steps
@@ -153,16 +177,45 @@ def percentile_rule(history: NormHistory, percentile: Percentile) -> ThresholdRu
     return ThresholdRule(history.init, threshold, record)
 
 
-def fence_rule(history: NormHistory) -> ThresholdRule:
-    """Threshold: Tukey's inner fence of the raw norms before the current one.
+def fence_rule(history: NormHistory | None = None) -> ThresholdRule:
+    """Threshold: Tukey's upper inner fence of the raw norms before the current one.
 
     Raises:
         ValueError: If the history cannot follow three percentiles.
     """
-    if history.max_percentiles is not None and history.max_percentiles < 3:
+
+    def fence(q25: Norms, q50: Norms, q75: Norms) -> Norms:
+        del q50
+        return q75 + _UPPER_FENCE * (q75 - q25)
+
+    history = ring_buffer(_UPPER_WINDOW) if history is None else history
+    return _rule_of_quartiles(history, (25.0, 50.0, 75.0), fence, _UPPER_EARLY_FACTOR)
+
+
+def lower_fence_rule(history: NormHistory | None = None) -> ThresholdRule:
+    """Threshold: a fence above the median, by the spread below it, of the norms before this one.
+
+    Raises:
+        ValueError: If the history cannot follow two percentiles.
+    """
+
+    def fence(q25: Norms, q50: Norms) -> Norms:
+        return q50 + _LOWER_FENCE * (q50 - q25)
+
+    history = ring_buffer(_LOWER_WINDOW) if history is None else history
+    return _rule_of_quartiles(history, (25.0, 50.0), fence, _LOWER_EARLY_FACTOR)
+
+
+def _rule_of_quartiles(
+    history: NormHistory,
+    percentiles: tuple[float, ...],
+    fence: Callable[..., Norms],
+    early_factor: float,
+) -> ThresholdRule:
+    if history.max_percentiles is not None and history.max_percentiles < len(percentiles):
         raise ValueError(
-            "`history` must be able to answer three percentiles for autoclip() without a "
-            f"percentile, as ring_buffer(size) is, got {history.name}."
+            f"`history` must be able to answer {len(percentiles)} percentiles for autoclip() "
+            f"without a percentile, as ring_buffer(size) is, got {history.name}."
         )
 
     def init(num_groups: int) -> FenceState:
@@ -172,17 +225,16 @@ def fence_rule(history: NormHistory) -> ThresholdRule:
 
     def threshold(state: FenceState, norms: Norms) -> Norms:
         del norms
-        q25, median, q75 = (history.percentile(state.history, q) for q in (25.0, 50.0, 75.0))
-        fence = q75 + _FENCE * (q75 - q25)
-        early = state.num_recorded < _FENCE_MIN_NORMS
-        limit = jnp.where(early, _EARLY_FACTOR * median, fence)
+        quartiles = [history.percentile(state.history, percent) for percent in percentiles]
+        early = early_factor * quartiles[percentiles.index(50.0)]
+        limit = jnp.where(state.num_recorded < _FENCE_MIN_NORMS, early, fence(*quartiles))
         # States of version 0.1.0 may have zeros recorded, which show no scale to exceed.
         return jnp.where(limit > 0, limit, jnp.inf)
 
     def record(state: FenceState, norms: Norms, thresholds: Norms) -> FenceState:
         del thresholds
         return FenceState(
-            history=history.record(state.history, norms, (25.0, 50.0, 75.0)),
+            history=history.record(state.history, norms, percentiles),
             num_recorded=optax.safe_increment(state.num_recorded),
         )
 

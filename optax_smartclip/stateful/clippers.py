@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array
 
 from optax_smartclip.clippers.agc import agc
-from optax_smartclip.clippers.autoclip import AUTO_WINDOW, fence_rule, percentile_rule
+from optax_smartclip.clippers.autoclip import fence_rule, percentile_rule
 from optax_smartclip.clippers.zscore_clip import zscore_rule
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.dtypes import as_float32
@@ -170,7 +170,7 @@ class AutoClip(HistoryClipper):
         check_decay(arguments["ema_decay"])
         checks.check_size("window_size", arguments["window_size"], MAX_SIZE)
         if arguments["mode"] == "auto":
-            return rule_of_past_norms(fence_rule(ring_buffer(AUTO_WINDOW)))
+            return rule_of_past_norms(fence_rule())
         history = (
             ring_buffer(arguments["window_size"])
             if arguments["history"] == "window"

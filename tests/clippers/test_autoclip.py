@@ -34,6 +34,44 @@ def test_auto_mode_equals_the_float64_fence(auto, norms):
     np.testing.assert_allclose(clipped, reference.clip(norms, expected), rtol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def steady():
+    return streams.from_transformation(smartclip.autoclip(outliers_only=False))
+
+
+@pytest.mark.parametrize("norms", [NORMS, streams.heavy_tails()[:1000]], ids=["noise", "tails"])
+def test_without_outliers_only_the_threshold_is_the_float64_lower_fence(steady, norms):
+    norms = np.float32(norms)
+    norms[[0, 100, 500, 501]] = [0.0, np.nan, np.inf, 0.0]
+    clipped, thresholds = steady(norms)
+    expected = reference.lower_fence_thresholds(norms)
+    np.testing.assert_allclose(thresholds, expected, rtol=1e-5)
+    np.testing.assert_allclose(clipped, reference.clip(norms, expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("stream", streams.CHECKS)
+def test_without_outliers_only_noise_is_cut_and_every_other_mark_holds(steady, stream):
+    result = streams.CHECKS[stream](steady)
+    # What it is there for: it cuts a part of the noise, by a little.
+    of_noise = {"S1": {"clip %", "mean scale"}, "S2": {"clip %"}, "S8": {"clip %"}}
+    missed = {name for name, excess in result.excesses.items() if excess > 1}
+    assert missed == of_noise.get(stream, set()), result.figures
+    if stream == "S1":
+        assert result.figures["clip %"] < 15
+        assert result.figures["mean scale"] > 0.98
+
+
+@pytest.mark.parametrize("value", [0, None, "yes", np.float32(1)])
+def test_outliers_only_is_true_or_false(value):
+    with pytest.raises(ValueError, match="`outliers_only` must be True or False, got"):
+        smartclip.autoclip(outliers_only=value)
+
+
+def test_a_percentile_says_itself_what_is_cut():
+    with pytest.raises(ValueError, match="`outliers_only` must be True with a percentile"):
+        smartclip.autoclip(50.0, outliers_only=False)
+
+
 @pytest.mark.parametrize("percentile", [0.0, 10.0, 33.3, 50.0, 90.0, 100.0])
 def test_percentile_mode_is_the_papers_with_a_window_as_long_as_the_run(percentile):
     history = smartclip.ring_buffer(len(NORMS))
@@ -114,15 +152,22 @@ def test_percentile_out_of_range_is_an_error(percentile):
 
 
 def test_auto_mode_on_a_history_of_one_percentile_is_an_error():
-    with pytest.raises(ValueError, match=r"answer three percentiles .* got geometric_quantile"):
+    with pytest.raises(ValueError, match=r"answer 3 percentiles .* got geometric_quantile"):
         smartclip.autoclip(history=smartclip.geometric_quantile())
 
 
 def test_auto_mode_asks_three_percentiles_of_a_history_and_no_more():
     three, two = (smartclip.ring_buffer(8)._replace(max_percentiles=most) for most in (3, 2))
     assert callable(smartclip.autoclip(history=three).init)
-    with pytest.raises(ValueError, match="answer three percentiles"):
+    with pytest.raises(ValueError, match="answer 3 percentiles"):
         smartclip.autoclip(history=two)
+
+
+def test_the_lower_fence_asks_two_percentiles_of_a_history():
+    two, one = (smartclip.ring_buffer(8)._replace(max_percentiles=most) for most in (2, 1))
+    assert callable(smartclip.autoclip(outliers_only=False, history=two).init)
+    with pytest.raises(ValueError, match="answer 2 percentiles"):
+        smartclip.autoclip(outliers_only=False, history=one)
 
 
 @pytest.mark.parametrize("percentile", [None, 90.0])
