@@ -44,7 +44,7 @@ def fence_thresholds(norms, size: int = 112, warmup_steps: int = 1) -> np.ndarra
 
 
 def lower_fence_thresholds(norms, size: int = 48) -> np.ndarray:
-    """The median and 2.5 times its distance to q25; of fewer than 10 norms, 1.5 times the median."""
+    """Median + 2.5 (median - q25) of the norms before; of fewer than 10, 1.5 times the median."""
     thresholds = []
     for t in range(len(norms)):
         past = window(norms, t, size)

@@ -201,6 +201,13 @@ def test_signs_that_differ_are_named():
     assert line.startswith("autoclip() less no clipping at 0.1: -0.1")
 
 
+def test_a_slice_has_the_signs_of_the_stored_results(tmp_path, capsys):
+    assert study.main(["--task", "regression", "--quick", "--out", str(tmp_path)]) == 0
+    assert "Signs that differ" not in capsys.readouterr().out
+    stored = load(study.STORED / "regression.csv")
+    assert stored.outcomes[fixed(1.0), ARM].final.shape == (7, 12)
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_has_a_loss_of_one_number_and_seven_rates_over_three_decades(name):
     task = TASKS[name]()

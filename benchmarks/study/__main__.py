@@ -87,18 +87,19 @@ def print_table(task: Task, table: Table) -> None:
     """Mean losses at each rate, and the measures of each arm."""
     outcomes = pictures.of_arms(table)
     lost = lost_progress(outcomes)
-    rates = "".join(f"{rate:>9g}" for rate in table.rates)
+    rates = "".join(f"{rate:>10g}" for rate in table.rates)
     print(f"\n{task.title}: {task.unit} at the end, {len(table.seeds)} seeds")
     print(f"{'':36}{rates}   sensitivity       best of {TRIALS}         lost %         ", end="")
     print("over control %  diverge  spikes  clipped  scale")
     for arm, outcome in outcomes.items():
-        losses = "".join(f"{loss:>9.4g}" for loss in capped(outcome).mean(axis=1))
+        losses = "".join(f"{loss:>10.4g}" for loss in capped(outcome).mean(axis=1))
         best = interval(best_at_budget([outcome], TRIALS))
         behind = interval(100 * lost[arm].mean(axis=0))
         print(
             f"{arm:36}{losses}   {interval(sensitivity(outcome))!s:18}{best!s:18}{behind!s:15}"
             f"{over_control(table, arm):16}{diverged(outcome).mean():>7.0%}"
-            f"{outcome.spikes.mean():>8.2%}{outcome.clipped.mean():>9.0%}{outcome.scale.mean():>7.2f}"
+            f"{outcome.spikes.mean():>8.2%}{outcome.clipped.mean():>9.0%}"
+            f"{outcome.scale.mean():>7.2f}"
         )
     settings = [outcomes[fixed(norm)] for norm in FIXED_NORMS if fixed(norm) in outcomes]
     if len(settings) == len(FIXED_NORMS):
@@ -125,7 +126,7 @@ def compare_signs(table: Table, stored: Table) -> list[str]:
     wrong = []
     for row, rate in enumerate(table.rates):
         old_row = stored.rates.index(rate)
-        for arm in [arm for arm in here if arm != NONE]:
+        for arm in [arm for arm in here if arm in there and arm != NONE]:
             old = interval(capped(there[arm])[old_row] - capped(there[NONE])[old_row])
             new = np.mean(capped(here[arm])[row] - capped(here[NONE])[row])
             if abs(old.mean) > 2 * old.half and new * old.mean <= 0:

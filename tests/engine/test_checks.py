@@ -188,6 +188,7 @@ DEFAULTS = {
     smartclip.clip_by_rule: {"scope": "global", "warmup_steps": 0} | SHARED,
     smartclip.autoclip: {
         "percentile": None,
+        "outliers_only": True,
         "history": None,
         "scope": "global",
         "warmup_steps": None,
