@@ -38,8 +38,8 @@ _UPPER_WINDOW = 112
 _PERCENTILE_WINDOW = 1024
 
 # At 1.7 standard deviations of normally distributed norms (5 % are above).
-# benchmarks/study/rules.py prints how other rules train. The median follows a rise later than the upper quartile does, hence
-# the shorter window; no shorter one withstands a burst of twenty spikes.
+# benchmarks/study/rules.py prints how other rules train. The median follows a rise later than the
+# upper quartile does, hence the shorter window; no shorter one withstands a burst of twenty spikes.
 _LOWER_FENCE = 2.5
 _LOWER_WINDOW = 48
 
