@@ -162,7 +162,7 @@ def test_the_table_comes_back(tmp_path):
     assert path.read_text().count("# a machine") == 1
     assert table.rates == (0.1, 1.0)
     assert list(table.outcomes) == [("autoclip(scope='unit')", ARM), (NONE, CONTROL)]
-    np.testing.assert_allclose(table.outcomes[NONE, CONTROL], runs, rtol=1e-4)
+    np.testing.assert_allclose(table.outcomes[NONE, CONTROL], runs, rtol=1e-5)
 
 
 def test_an_arm_without_all_of_its_runs_is_an_error(tmp_path):

@@ -92,11 +92,14 @@ def best_progress(outcomes: Mapping[str, Outcome]) -> float:
     return float(start - min(capped(outcome).mean(axis=1).min() for outcome in outcomes.values()))
 
 
+def leading_losses(outcomes: Mapping[str, Outcome]) -> Figures:
+    """The losses, capped, of the arm that is best at each rate."""
+    losses = np.stack([capped(outcome) for outcome in outcomes.values()])
+    leaders = losses.mean(axis=2).argmin(axis=0)
+    return losses[leaders, np.arange(len(leaders))]
+
+
 def lost_progress(outcomes: Mapping[str, Outcome]) -> dict[str, Figures]:
     """How far each run is behind the best arm at its rate, in units of the best progress."""
-    means = {name: capped(outcome).mean(axis=1) for name, outcome in outcomes.items()}
-    num_rates = len(next(iter(means.values())))
-    leaders = [min(means, key=lambda name: means[name][row]) for row in range(num_rates)]
-    leading = np.stack([capped(outcomes[name])[row] for row, name in enumerate(leaders)])
-    unit = best_progress(outcomes)
+    leading, unit = leading_losses(outcomes), best_progress(outcomes)
     return {name: (capped(outcome) - leading) / unit for name, outcome in outcomes.items()}

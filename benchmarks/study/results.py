@@ -84,7 +84,7 @@ def append(
     lines = [f"# {machine}", ",".join(COLUMNS)] if not path.exists() else []
     for i, rate in enumerate(rates):
         for j, seed in enumerate(seeds):
-            figures = (f"{figure[i, j]:.5g}" for figure in outcome)
+            figures = (f"{figure[i, j]:.6g}" for figure in outcome)
             arm, kind = name
             lines.append(",".join([f'"{arm}"', kind, f"{rate:g}", f"{seed}", *figures]))
     path.parent.mkdir(parents=True, exist_ok=True)

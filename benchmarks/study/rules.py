@@ -23,7 +23,7 @@ from jaxtyping import Array, Int32
 from machine import describe_machine
 from study.__main__ import NUM_SEEDS, STORED
 from study.arms import Arm
-from study.measures import best_progress, capped, diverged, interval
+from study.measures import best_progress, capped, diverged, interval, leading_losses
 from study.pictures import of_arms
 from study.results import ARM, Outcome, append, load, summarize
 from study.tasks import TASKS
@@ -182,18 +182,14 @@ def judge(outcome: Outcome, arms: Mapping[str, Outcome], seeds: slice) -> Figure
     """Compares with the arm that is best at each rate, paired over these seeds."""
     arms = {name: _of_seeds(other, seeds) for name, other in arms.items()}
     outcome = _of_seeds(outcome, seeds)
-    losses = {name: capped(other) for name, other in arms.items()}
-    means = {name: loss.mean(axis=1) for name, loss in losses.items()}
-    kept, behind = [], []
-    for row, own in enumerate(capped(outcome)):
-        best = min(means, key=lambda name: means[name][row])
-        found = interval(100 * (own - losses[best][row]) / best_progress(arms))
-        kept.append(found.mean <= max(WITHIN, found.half))
-        behind.append(max(found.mean, 0.0))
+    behind = 100 * (capped(outcome) - leading_losses(arms)) / best_progress(arms)
+    found = [interval(of_rate) for of_rate in behind]
+    kept = [lost.mean <= max(WITHIN, lost.half) for lost in found]
+    losses = [max(lost.mean, 0.0) for lost in found]
     return Figures(
         float(np.mean(kept)),
-        float(np.mean(behind)),
-        float(np.max(behind)),
+        float(np.mean(losses)),
+        float(np.max(losses)),
         float(np.mean(diverged(outcome))),
     )
 
