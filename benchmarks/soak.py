@@ -81,7 +81,14 @@ def of_window(limit: Callable[[list[float]], float], size: int, before: bool) ->
     return each(rule)
 
 
-def fence(ordered: list[float]) -> float:
+def lower_fence(ordered: list[float]) -> float:
+    """The median and 2.5 times its distance to q25; of fewer than ten norms, 1.5 medians."""
+    q25, median = (quantile(ordered, share) for share in (0.25, 0.5))
+    limit = 1.5 * median if len(ordered) < 10 else median + 2.5 * (median - q25)
+    return limit if limit > 0 else math.inf
+
+
+def upper_fence(ordered: list[float]) -> float:
     """Tukey's upper fence; of fewer than ten norms, three times the median."""
     q25, median, q75 = (quantile(ordered, share) for share in (0.25, 0.5, 0.75))
     limit = 3 * median if len(ordered) < 10 else q75 + 1.5 * (q75 - q25)
@@ -168,7 +175,10 @@ class Clipper(NamedTuple):
 
 
 CLIPPERS = {
-    "autoclip()": Clipper(smartclip.autoclip(), of_window(fence, 112, before=True)),
+    "autoclip()": Clipper(smartclip.autoclip(), of_window(lower_fence, 48, before=True)),
+    "autoclip(outliers_only=True)": Clipper(
+        smartclip.autoclip(outliers_only=True), of_window(upper_fence, 112, before=True)
+    ),
     "autoclip(10)": Clipper(
         smartclip.autoclip(10.0), of_window(partial(quantile, fraction=0.1), 1024, before=False)
     ),

@@ -5,6 +5,11 @@ wrong in training: drift, one spike, a spike in warm-up, a burst, NaN and Inf, a
 heavy tails, another scale, zeros and constants, spikes in one layer, spikes at 1 % of all steps,
 and a spike as the second norm. A clipper is given as a function from a stream of norms to the
 clipped norms and the thresholds; each check returns its figures with their marks.
+
+The marks of safety allow next to nothing: bursts, NaN, shifts, scale, what a spike leaves behind.
+Those of noise allow a small cut now and then, and forbid to normalise most steps: in
+benchmarks/study, rules that cut an eighth of the steps by a little train better over learning
+rates than rules that cut nothing but outliers.
 """
 
 import math
@@ -158,13 +163,13 @@ def _ratio(after, before) -> np.ndarray:
 
 
 def check_noise(clipper: Clipper, seed: int = 0) -> Result:
-    """S1: ordinary noise is left alone."""
+    """S1: ordinary noise is cut seldom, and by little."""
     norms = noise(seed)
     clipped, _ = clipper(norms)
     percent = _clipped_percent(norms[1000:], clipped[1000:])
     scale = float(np.mean(clipped[1000:] / norms[1000:]))
     figures = {"clip %": percent, "mean scale": scale}
-    return Result(figures, {"clip %": Mark(6), "mean scale": Mark(0.99, ideal=1)})
+    return Result(figures, {"clip %": Mark(15), "mean scale": Mark(0.98, ideal=1)})
 
 
 def check_drift(clipper: Clipper, seed: int = 0) -> Result:
@@ -175,7 +180,7 @@ def check_drift(clipper: Clipper, seed: int = 0) -> Result:
     ratio = float(np.median(thresholds[-1000:] / level[-1000:]))
     percent = _clipped_percent(norms[-1000:], clipped[-1000:])
     figures = {"threshold / level": ratio, "clip %": percent}
-    return Result(figures, {"threshold / level": Mark(4, ideal=1), "clip %": Mark(5)})
+    return Result(figures, {"threshold / level": Mark(4, ideal=1), "clip %": Mark(15)})
 
 
 SPIKE_MARKS = {
@@ -274,7 +279,7 @@ def check_heavy_tails(clipper: Clipper, seed: int = 0) -> Result:
         "clip %": _clipped_percent(norms[1000:], clipped[1000:]),
         "largest out": float(clipped[1000:].max()),
     }
-    return Result(figures, {"clip %": Mark(10), "largest out": Mark(6, ideal=1)})
+    return Result(figures, {"clip %": Mark(25), "largest out": Mark(6, ideal=1)})
 
 
 def check_scale(clipper: Clipper, seed: int = 0) -> Result:

@@ -10,7 +10,7 @@ import optax_smartclip as smartclip
 
 CLIPPERS = {
     "autoclip": smartclip.autoclip,
-    "autoclip_steady": partial(smartclip.autoclip, outliers_only=False),
+    "autoclip_outliers_only": partial(smartclip.autoclip, outliers_only=True),
     "autoclip_p10": partial(smartclip.autoclip, percentile=10.0),
     "autoclip_p90_per_layer": partial(
         smartclip.autoclip,

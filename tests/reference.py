@@ -29,28 +29,36 @@ def percentile_thresholds(norms, percentile: float, size: int) -> np.ndarray:
     return np.array([np.percentile(past, percentile) if past.size else np.inf for past in pasts])
 
 
-def fence_thresholds(norms, size: int = 112, warmup_steps: int = 1) -> np.ndarray:
-    """Tukey's inner fence of the norms before each step's; of fewer than 10, 3 times the median."""
+def fence_thresholds(norms, size: int, fence, early_factor: float, warmup_steps: int) -> np.ndarray:
+    """A fence of the norms before each step's; of fewer than 10, a multiple of their median."""
     thresholds = []
     for t in range(len(norms)):
-        past = window(norms, t, size)
+        past = window(norms, t, len(norms))
         if len(past) < max(warmup_steps, 1):
             thresholds.append(np.inf)
             continue
-        q25, median, q75 = np.percentile(past, [25, 50, 75])
-        limit = 3 * median if len(past) < 10 else q75 + 1.5 * (q75 - q25)
+        q25, median, q75 = np.percentile(past[-size:], [25, 50, 75])
+        limit = early_factor * median if len(past) < 10 else fence(q25, median, q75)
         thresholds.append(limit if limit > 0 else np.inf)
     return np.array(thresholds)
 
 
-def lower_fence_thresholds(norms, size: int = 48) -> np.ndarray:
-    """Median + 2.5 (median - q25) of the norms before; of fewer than 10, 1.5 times the median."""
-    thresholds = []
-    for t in range(len(norms)):
-        past = window(norms, t, size)
-        q25, median = np.percentile(past, [25, 50]) if past.size else (np.inf, np.inf)
-        thresholds.append(1.5 * median if len(past) < 10 else median + 2.5 * (median - q25))
-    return np.array(thresholds)
+def lower_fence_thresholds(norms, warmup_steps: int = 1) -> np.ndarray:
+    """Median + 2.5 (median - q25) of 48 norms; 1.5 times the median of few."""
+
+    def fence(q25, median, _):
+        return median + 2.5 * (median - q25)
+
+    return fence_thresholds(norms, 48, fence, 1.5, warmup_steps)
+
+
+def upper_fence_thresholds(norms, warmup_steps: int = 1) -> np.ndarray:
+    """Tukey's inner fence of 112 norms; 3 times the median of few."""
+
+    def fence(q25, _, q75):
+        return q75 + 1.5 * (q75 - q25)
+
+    return fence_thresholds(norms, 112, fence, 3.0, warmup_steps)
 
 
 def zscore_thresholds(

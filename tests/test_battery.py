@@ -559,7 +559,7 @@ AGC = functools.partial(smartclip.agc, scope="per_param")
         (
             smartclip.autoclip,
             "warmup_steps",
-            lambda value: reference.fence_thresholds(NORMS, warmup_steps=value),
+            lambda value: reference.lower_fence_thresholds(NORMS, warmup_steps=value),
         ),
         (AGC, "clipping", lambda value: np.full(60, value * 1e-3)),
         (AGC, "eps", lambda value: np.full(60, value * 1e-2)),

@@ -44,9 +44,13 @@ FINITE = np.isfinite(ONE) & (ONE > 0)
 
 
 REFERENCES = {
-    "the fence of a window": (
-        soak.of_window(soak.fence, 112, before=True),
-        lambda: reference.fence_thresholds(ONE),
+    "the lower fence of a window": (
+        soak.of_window(soak.lower_fence, 48, before=True),
+        lambda: reference.lower_fence_thresholds(ONE),
+    ),
+    "the upper fence of a window": (
+        soak.of_window(soak.upper_fence, 112, before=True),
+        lambda: reference.upper_fence_thresholds(ONE),
     ),
     "a percentile of a window": (
         soak.of_window(functools.partial(soak.quantile, fraction=0.333), 50, before=False),

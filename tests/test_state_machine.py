@@ -57,11 +57,11 @@ UNTIL_FOUND = settings(SETTINGS, max_examples=200)
 
 
 def fence(norms):
-    past = reference.window(norms, len(norms) - 1, 112)
+    past = reference.window(norms, len(norms) - 1, 48)
     if not past.size:
         return np.inf
-    q25, median, q75 = np.percentile(past, [25, 50, 75])
-    limit = 3 * median if len(past) < 10 else q75 + 1.5 * (q75 - q25)
+    q25, median = np.percentile(past, [25, 50])
+    limit = 1.5 * median if len(past) < 10 else median + 2.5 * (median - q25)
     return limit if limit > 0 else np.inf
 
 
@@ -138,7 +138,7 @@ CASES = {
     "autoclip": Case(
         smartclip.autoclip(),
         each(fence),
-        lambda count: {"num_recorded": count, **ring_counts(112)(count)},
+        lambda count: {"num_recorded": count, **ring_counts(48)(count)},
         eager=False,
     ),
     "autoclip_p90_per_layer": Case(
@@ -185,7 +185,7 @@ CASES = {
             optax.chain(smartclip.autoclip(), optax.stateless(to_float32), optax.trace(MOMENTUM))
         ),
         each(fence),
-        lambda count: {"num_recorded": count, **ring_counts(112)(count)},
+        lambda count: {"num_recorded": count, **ring_counts(48)(count)},
         skips=True,
         half=FLOAT16,
         eager=False,

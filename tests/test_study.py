@@ -10,7 +10,7 @@ import optax
 import pytest
 from study import __main__ as study
 from study import rules
-from study.arms import ARMS, AUTO, NONE, Arm, fixed
+from study.arms import ARMS, AUTO, NONE, SKIP_SPIKES, Arm, fixed
 from study.measures import best_at_budget, best_of, diverged, interval, lost_progress, sensitivity
 from study.results import ARM, CONTROL, Outcome, append, load, spike_score, summarize
 from study.tasks import TASKS, cartpole, digits, layers
@@ -142,7 +142,7 @@ def test_arms_report_how_much_they_scale():
     task = small_task()
     halved = train(task, Arm(optax.scale(0.5)), [0], np.ones((2, 1)))
     np.testing.assert_allclose(halved.scales, 0.5, rtol=FLOAT32)
-    dropped = train(task, ARMS["skip_spikes(chain(autoclip(), tx))"], [0], np.ones((2, 1)))
+    dropped = train(task, ARMS[SKIP_SPIKES], [0], np.ones((2, 1)))
     assert np.any(dropped.scales == 0)
 
 

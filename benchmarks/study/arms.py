@@ -76,19 +76,25 @@ def fixed(norm: float) -> str:
 
 
 AUTO = "autoclip()"
+OUTLIERS_ONLY = "autoclip(outliers_only=True)"
+PER_PARAM = "autoclip(scope='per_param')"
+SKIP_SPIKES = "skip_spikes(chain(autoclip(), tx))"
+# With the rule that was chosen from the others, and the one before it.
+AUTO_ARMS = (AUTO, OUTLIERS_ONLY, PER_PARAM, SKIP_SPIKES)
 ARMS: dict[str, Arm] = {
     NONE: Arm(optax.identity()),
     **{fixed(norm): Arm(optax.clip_by_global_norm(norm)) for norm in FIXED_NORMS},
     AUTO: Arm(smartclip.autoclip()),
+    OUTLIERS_ONLY: Arm(smartclip.autoclip(outliers_only=True)),
     "autoclip(10)": Arm(smartclip.autoclip(10.0)),
     "autoclip(50)": Arm(smartclip.autoclip(50.0)),
     "autoclip(90)": Arm(smartclip.autoclip(90.0)),
-    "autoclip(scope='per_param')": Arm(smartclip.autoclip(scope="per_param")),
+    PER_PARAM: Arm(smartclip.autoclip(scope="per_param")),
     "zscore_clip()": Arm(smartclip.zscore_clip()),
     "zclip()": Arm(smartclip.zclip()),
     "zclip(record_limit=3)": Arm(smartclip.zclip(record_limit=3.0)),
     "adagc()": Arm(smartclip.adagc()),
     "adagc(record_limit=3)": Arm(smartclip.adagc(record_limit=3.0)),
     "agc()": Arm(smartclip.agc()),
-    "skip_spikes(chain(autoclip(), tx))": Arm(smartclip.autoclip(), skips=True),
+    SKIP_SPIKES: Arm(smartclip.autoclip(), skips=True),
 }

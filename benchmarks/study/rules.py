@@ -22,7 +22,7 @@ import optax
 from jaxtyping import Array, Int32
 from machine import describe_machine
 from study.__main__ import NUM_SEEDS, STORED
-from study.arms import Arm
+from study.arms import AUTO_ARMS, Arm
 from study.measures import best_progress, capped, diverged, interval, leading_losses
 from study.pictures import of_arms
 from study.results import ARM, Outcome, append, load, summarize
@@ -243,7 +243,7 @@ def main(args: list[str] | None = None) -> int:
     for name in CHOOSING_TASKS:
         arms = of_arms(load(options.results / f"{name}.csv"))
         # Judged by the others, as the candidates are.
-        others = {arm: outcome for arm, outcome in arms.items() if "autoclip()" not in arm}
+        others = {arm: outcome for arm, outcome in arms.items() if arm not in AUTO_ARMS}
         for rule, outcome in (others | of_arms(load(options.out / f"{name}.csv"))).items():
             found.setdefault(rule, {})[name] = judge(outcome, others, CHOOSING_SEEDS)
     print_figures("Chosen on", found)

@@ -1,9 +1,9 @@
 """AutoClip: clip at a percentile of the norms so far, or at a fence around the usual ones.
 
-    percentile mode   threshold = P_p(n_1 .. n_t), the current norm included
-    auto mode         of the norms before the current one, threshold =
+    auto mode              of the norms before the current one, threshold =
+      by default           q50 + 2.5 (q50 - q25)
       outliers_only=True   q75 + 1.5 (q75 - q25)
-      outliers_only=False  q50 + 2.5 (q50 - q25)
+    percentile mode        threshold = P_p(n_1 .. n_t), the current norm included
 
 Seetharaman, Wichern, Pardo, Le Roux, `AutoClip: Adaptive Gradient Clipping for Source Separation
 Networks <https://arxiv.org/abs/2007.14469>`_, 2020. Tukey, *Exploratory Data Analysis*, 1977
@@ -27,28 +27,30 @@ from optax_smartclip.engine.states import state
 from optax_smartclip.histories.history import HistoryState, NormHistory, Percentile
 from optax_smartclip.histories.ring_buffer import ring_buffer
 
+# At 1.7 standard deviations of normally distributed norms (5 % are above).
+# benchmarks/study/rules.py prints how other rules train. No shorter window withstands a burst of
+# twenty spikes; with a much longer one, the median follows a rise too late.
+_LOWER_FENCE = 2.5
+_LOWER_WINDOW = 48
+
 # Tukey's constant. It puts the fence at 2.7 standard deviations of normally distributed norms
 # (0.4 % of them are above), and no upper quarter of spikes can move it by more than it would if
 # they were ordinary large norms. benchmarks/auto_rules.py prints how other rules fare.
 _UPPER_FENCE = 1.5
 # Long enough for quartiles that are not mostly noise, short enough for the fence to follow a
 # level that rises tenfold within 100 steps (with 128 norms, a sixth of the gradient is cut on the
-# way). The percentile mode asks for far percentiles, which take more norms to know.
+# way).
 _UPPER_WINDOW = 112
-_PERCENTILE_WINDOW = 1024
 
-# At 1.7 standard deviations of normally distributed norms (5 % are above).
-# benchmarks/study/rules.py prints how other rules train. The median follows a rise later than the
-# upper quartile does, hence the shorter window; no shorter one withstands a burst of twenty spikes.
-_LOWER_FENCE = 2.5
-_LOWER_WINDOW = 48
+# Far percentiles take more norms to know.
+_PERCENTILE_WINDOW = 1024
 
 # The fence of fewer norms than this is mostly noise. Until there are as many, a multiple of their
 # median takes its place, which catches the batch that would otherwise sit in Adam's moments from
 # the start of the run on. The upper fence's is wide enough for noise.
 _FENCE_MIN_NORMS = 10
-_UPPER_EARLY_FACTOR = 3.0
 _LOWER_EARLY_FACTOR = 1.5
+_UPPER_EARLY_FACTOR = 3.0
 
 
 @state
@@ -67,7 +69,7 @@ class FenceState:
 def autoclip(
     percentile: Any = None,
     *,
-    outliers_only: Any = True,
+    outliers_only: Any = False,
     history: NormHistory | None = None,
     scope: Scope = "global",
     stacked: Stacked = None,
@@ -79,18 +81,17 @@ def autoclip(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips gradients to a threshold learnt from the history of their norms.
 
-    Without a percentile (the auto mode), only outliers are clipped: a norm is cut to the fence
-    `q75 + 1.5 * (q75 - q25)`, where q25 and q75 are quartiles of the last 112 raw norms, *the
-    current one left out*. There is no number to set: the fence scales with the gradient, follows
-    a change of its level within some 30 steps, and no burst of spikes shorter than a quarter of
-    the window can lift it beyond the ordinary norms. Until there are 10 norms, the threshold is
-    three times their median; only the first step of a run has nothing to be compared with.
+    Without a percentile (the auto mode), a norm is cut to the fence `q50 + 2.5 * (q50 - q25)`,
+    where q50 and q25 are the median and the lower quartile of the last 48 raw norms, *the current
+    one left out*. There is no number to set: the fence scales with the gradient and follows a
+    change of its level within some 25 steps, and norms above the median, where spikes are, have
+    no say in it. About one step of ten is cut by a little where norms are noise, and more where
+    their upper tail is heavy, which steadies the step. Until there are 10 norms, the threshold is
+    1.5 times their median; only the first step of a run has nothing to be compared with.
 
-    With `outliers_only=False`, the step is steadied as well: the threshold is
-    `q50 + 2.5 * (q50 - q25)` of the last 48 norms before the current one, so that norms above the
-    median, where spikes are, have no say in it. About one step of ten is cut by a little where
-    norms are noise, and more where their upper tail is heavy. Until there are 10 norms, the
-    threshold is 1.5 times their median.
+    With `outliers_only=True`, ordinary noise is left alone: the threshold is
+    `q75 + 1.5 * (q75 - q25)` of the last 112 norms, and three times their median until there are
+    10. It trains worse at rates where the step should be steadied (see docs/choosing.md).
 
     With a percentile, gradients are cut to that percentile of the last 1,024 raw norms, *the
     current one included*, as in the AutoClip paper (which keeps all norms ever seen; use
@@ -102,10 +103,10 @@ def autoclip(
 
     Args:
         percentile: In [0, 100], or None for the auto mode.
-        outliers_only: Of the auto mode, whether ordinary noise is left alone.
+        outliers_only: For the auto mode only: whether ordinary noise is left alone.
         history: Where norms are kept: `ring_buffer(size)`, `log_histogram()` (the whole run) or,
-            with a percentile, `geometric_quantile(rate)`. By default `ring_buffer(112)` in auto
-            mode, `ring_buffer(48)` if not `outliers_only`, and `ring_buffer(1024)` with a
+            with a percentile, `geometric_quantile(rate)`. By default `ring_buffer(48)` in auto
+            mode, `ring_buffer(112)` if `outliers_only`, and `ring_buffer(1024)` with a
             percentile.
         scope: Which leaves share one norm; see `clip_by_rule`.
         stacked: Axes that count layers, each with a norm of its own; see `clip_by_rule`.
@@ -120,9 +121,9 @@ def autoclip(
         A gradient transformation. Its state has the history and the last step's metrics.
 
     Raises:
-        ValueError: If an argument is out of range, `outliers_only` is False with a percentile,
-            or `history` cannot answer what the mode asks of it (the auto mode needs three
-            percentiles, and two if not `outliers_only`).
+        ValueError: If an argument is out of range, `outliers_only` is True with a percentile,
+            or `history` cannot answer what the mode asks of it (the auto mode needs two
+            percentiles, and three if `outliers_only`).
 
     Example:
         >>> import jax.numpy as jnp
@@ -131,23 +132,22 @@ def autoclip(
         >>> tx = optax.chain(smartclip.autoclip(), optax.sgd(1.0))
         >>> params = {"w": jnp.zeros(2)}
         >>> opt_state = tx.init(params)
-        >>> for size in [1.0, 2.0] * 10 + [1000.0]:  # quartiles 1 and 2: the fence is at 3.5
+        >>> for size in [1.0, 2.0] * 10 + [1000.0]:  # q25 1, q50 1.5
         ...     updates, opt_state = tx.update({"w": size * jnp.array([0.6, 0.8])}, opt_state)
         >>> float(smartclip.metrics(opt_state)["clip_threshold"])
-        3.5
+        2.75
         >>> print(f"{optax.tree.norm(updates):.2f}")
-        3.50
+        2.75
     """
-    if not isinstance(outliers_only, bool):
-        raise ValueError(f"`outliers_only` must be True or False, got {outliers_only!r}.")
+    checks.check_flag("outliers_only", outliers_only)
     if percentile is None:
-        rule = fence_rule(history) if outliers_only else lower_fence_rule(history)
+        rule = upper_fence_rule(history) if outliers_only else lower_fence_rule(history)
         warmup_steps = 1 if warmup_steps is None else warmup_steps
     else:
         checks.check_number("percentile", percentile, 0.0, 100.0, allowed="in [0, 100], or None")
-        if not outliers_only:
+        if outliers_only:
             raise ValueError(
-                "`outliers_only` must be True with a percentile, which says what is cut, got False."
+                "`outliers_only` must be False with a percentile, which says what is cut, got True."
             )
         history = ring_buffer(_PERCENTILE_WINDOW) if history is None else history
         rule = percentile_rule(history, percentile)
@@ -177,21 +177,6 @@ def percentile_rule(history: NormHistory, percentile: Percentile) -> ThresholdRu
     return ThresholdRule(history.init, threshold, record)
 
 
-def fence_rule(history: NormHistory | None = None) -> ThresholdRule:
-    """Threshold: Tukey's upper inner fence of the raw norms before the current one.
-
-    Raises:
-        ValueError: If the history cannot follow three percentiles.
-    """
-
-    def fence(q25: Norms, q50: Norms, q75: Norms) -> Norms:
-        del q50
-        return q75 + _UPPER_FENCE * (q75 - q25)
-
-    history = ring_buffer(_UPPER_WINDOW) if history is None else history
-    return _rule_of_quartiles(history, (25.0, 50.0, 75.0), fence, _UPPER_EARLY_FACTOR)
-
-
 def lower_fence_rule(history: NormHistory | None = None) -> ThresholdRule:
     """Threshold: a fence above the median, by the spread below it, of the norms before this one.
 
@@ -204,6 +189,21 @@ def lower_fence_rule(history: NormHistory | None = None) -> ThresholdRule:
 
     history = ring_buffer(_LOWER_WINDOW) if history is None else history
     return _rule_of_quartiles(history, (25.0, 50.0), fence, _LOWER_EARLY_FACTOR)
+
+
+def upper_fence_rule(history: NormHistory | None = None) -> ThresholdRule:
+    """Threshold: Tukey's upper inner fence of the raw norms before the current one.
+
+    Raises:
+        ValueError: If the history cannot follow three percentiles.
+    """
+
+    def fence(q25: Norms, q50: Norms, q75: Norms) -> Norms:
+        del q50
+        return q75 + _UPPER_FENCE * (q75 - q25)
+
+    history = ring_buffer(_UPPER_WINDOW) if history is None else history
+    return _rule_of_quartiles(history, (25.0, 50.0, 75.0), fence, _UPPER_EARLY_FACTOR)
 
 
 def _rule_of_quartiles(

@@ -80,6 +80,12 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+
+
 def compile_pattern(must: str, pattern: Any) -> re.Pattern[str]:
     """A regular expression; raises ValueError if it is none. `must` says where they are allowed."""
     try:

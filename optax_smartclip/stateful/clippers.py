@@ -4,7 +4,7 @@ They take smartclip's arguments. Where smartclip computes what it says, so do th
 not, docs/migrating.md has a table of what changes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array
 
 from optax_smartclip.clippers.agc import agc
-from optax_smartclip.clippers.autoclip import fence_rule, percentile_rule
+from optax_smartclip.clippers.autoclip import lower_fence_rule, percentile_rule, upper_fence_rule
 from optax_smartclip.clippers.zscore_clip import zscore_rule
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.dtypes import as_float32
@@ -99,9 +99,10 @@ class AutoClip(HistoryClipper):
     """`autoclip` with a state of its own, and the arguments of smartclip's class.
 
     Args:
-        mode: `"auto"`, as `autoclip()`: only outliers are clipped, at the fence of the box plot of
-            the last 112 norms; or `"percentile"`, as `autoclip(percentile)`.
-        percentile: In [0, 100]. For the mode "percentile" only, as are the next three.
+        mode: `"auto"`, as `autoclip()`: at a fence above the median of the last 48 norms; or
+            `"percentile"`, as `autoclip(percentile)`.
+        percentile: In [0, 100]. For the mode "percentile" only, as are `history`, `ema_decay` and
+            `window_size`.
         history: `"window"`, exact over the last `window_size` norms; or `"ema"`, one number that
             each norm moves by a fixed factor (`geometric_quantile`).
         ema_decay: How slowly that number moves, in (0, 1): its rate is `1 - ema_decay`.
@@ -114,6 +115,8 @@ class AutoClip(HistoryClipper):
         eps: Norms up to this are never clipped.
         guard_nans: Whether a gradient with a NaN or Inf norm becomes zeros; else it passes as it
             is. It is never learnt from.
+        outliers_only: For the mode "auto" only: whether ordinary noise is left alone, as with
+            `autoclip(outliers_only=True)`.
         stacked: Axes that count layers, each with a norm of its own; see `clip_by_rule`. It is
             not saved with the state.
 
@@ -146,11 +149,13 @@ class AutoClip(HistoryClipper):
         min_history: Any = 50,
         eps: Any = 1e-8,
         guard_nans: bool = True,
+        outliers_only: bool = False,
         stacked: Stacked = None,
     ) -> None:
         super().__init__(
             stacked=stacked,
             mode=mode,
+            outliers_only=outliers_only,
             percentile=percentile,
             history=history,
             ema_decay=ema_decay,
@@ -165,11 +170,13 @@ class AutoClip(HistoryClipper):
     def _rule(self) -> tuple[ThresholdRule, Callable[[RuleState], Norms]]:
         arguments, percentile = self._arguments, self._arguments["percentile"]
         checks.check_choice("mode", arguments["mode"], ("auto", "percentile"))
+        checks.check_flag("outliers_only", arguments["outliers_only"])
         checks.check_number("percentile", percentile, 0.0, 100.0, allowed="in [0, 100]")
         checks.check_choice("history", arguments["history"], ("ema", "window"))
         check_decay(arguments["ema_decay"])
         checks.check_size("window_size", arguments["window_size"], MAX_SIZE)
         if arguments["mode"] == "auto":
+            fence_rule = upper_fence_rule if arguments["outliers_only"] else lower_fence_rule
             return rule_of_past_norms(fence_rule())
         history = (
             ring_buffer(arguments["window_size"])
@@ -178,6 +185,15 @@ class AutoClip(HistoryClipper):
         )
         rule = percentile_rule(history, percentile)
         return rule, lambda state: history.percentile(state, percentile)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `StatefulClipper`; one that was written by version 0.1.0 is understood, too."""
+        own = state.get(self.algo) if isinstance(state, Mapping) else None
+        if isinstance(own, Mapping) and "outliers_only" not in own:
+            # Then, the mode "auto" was what it is with `outliers_only`.
+            own = {**own, "outliers_only": own.get("mode") == "auto"}
+            state = {**state, self.algo: own}
+        super().load_state_dict(state)
 
 
 class ZScoreClip(HistoryClipper):

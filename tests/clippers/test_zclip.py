@@ -21,9 +21,9 @@ def zclip(**arguments):
 
 
 FORMS = {
-    "published": ({}, ["S4", "S7", "S8"]),
+    "published": ({}, ["S4", "S7"]),
     "ceiling": ({"max_norm": 1.0}, ["S1", "S7", "S8", "S9"]),
-    "mean": ({"clip_to": "mean"}, ["S1", "S4", "S7", "S8"]),
+    "mean": ({"clip_to": "mean"}, ["S4", "S7", "S8"]),
     "max": ({"clip_to": "max"}, ["S4", "S5"]),
     "record_limit": ({"record_limit": 3.0}, ["S4", "S5"]),
 }

@@ -188,7 +188,7 @@ DEFAULTS = {
     smartclip.clip_by_rule: {"scope": "global", "warmup_steps": 0} | SHARED,
     smartclip.autoclip: {
         "percentile": None,
-        "outliers_only": True,
+        "outliers_only": False,
         "history": None,
         "scope": "global",
         "warmup_steps": None,

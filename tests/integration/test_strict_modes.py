@@ -109,7 +109,7 @@ def test_a_donated_step_clips_the_spike_and_keeps_nothing_of_what_it_was_given(n
 @pytest.mark.parametrize(
     ("name", "thresholds"),
     [
-        ("autoclip", functools.partial(reference.fence_thresholds, warmup_steps=WARMUP)),
+        ("autoclip", functools.partial(reference.lower_fence_thresholds, warmup_steps=WARMUP)),
         ("zscore_clip", functools.partial(reference.zscore_thresholds, warmup_steps=WARMUP)),
     ],
 )

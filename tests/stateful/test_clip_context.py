@@ -209,7 +209,7 @@ def test_a_transformation_remains_a_tuple_in_the_block_and_after_it():
 def test_the_clipper_is_an_autoclip_of_the_block_by_default():
     norms = np.float32(np.random.default_rng(0).lognormal(0, 0.1, size=104))
     norms[[50, 102]] = 100
-    limits = reference.fence_thresholds(norms, warmup_steps=99)
+    limits = reference.lower_fence_thresholds(norms, warmup_steps=99)
     expected = -LEARNING_RATE * reference.clip(norms, limits)
     assert expected[50] == -LEARNING_RATE * 100
     assert expected[102] > -LEARNING_RATE * 10

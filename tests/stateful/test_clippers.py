@@ -54,6 +54,7 @@ KEYS = {
 # By name, how a clipper is made and what it allows, by hand: norms, weight norm -> thresholds.
 MAKE = {
     "auto": lambda **kwargs: smartclip.AutoClip(**kwargs),
+    "outliers_only": lambda **kwargs: smartclip.AutoClip(outliers_only=True, **kwargs),
     "window": lambda **kwargs: smartclip.AutoClip(
         mode="percentile", percentile=60, history="window", window_size=5, **kwargs
     ),
@@ -64,7 +65,8 @@ MAKE = {
     "agc": lambda **kwargs: smartclip.AGC(clipping=2, exclude_bias_bn=False, **kwargs),
 }
 BY_HAND = {
-    "auto": lambda norms, _: reference.fence_thresholds(norms, warmup_steps=3),
+    "auto": lambda norms, _: reference.lower_fence_thresholds(norms, warmup_steps=3),
+    "outliers_only": lambda norms, _: reference.upper_fence_thresholds(norms, warmup_steps=3),
     "window": lambda norms, _: reference.percentile_thresholds(norms, 60, 5),
     "ema": lambda norms, _: reference.geometric_estimates(norms, 60, 0.1),
     "zscore": lambda norms, _: reference.zscore_thresholds(norms, 2, 0.9, warmup_steps=3),
@@ -175,8 +177,10 @@ def test_the_arguments_and_their_defaults_are_those_of_smartclip(cls):
         ]
         for its in (cls, getattr(original, cls.__name__))
     )
-    # And one that smartclip does not have.
-    assert ours == [*theirs, ("stacked", None, inspect.Parameter.KEYWORD_ONLY)]
+    # And those that smartclip does not have.
+    others = [("outliers_only", False)] if cls is smartclip.AutoClip else []
+    others.append(("stacked", None))
+    assert ours == [*theirs, *((*other, inspect.Parameter.KEYWORD_ONLY) for other in others)]
 
 
 def drive_original(clipper, norms):
@@ -392,7 +396,7 @@ def test_nan_and_inf_become_zeros_or_pass_and_are_never_learnt(cls, guard_nans):
         step(jnp.array([[np.nan, 1]]))
     spike = float(step(jnp.array([[1000.0, 0]]))[0, 0])
     limits = {
-        "AutoClip": reference.fence_thresholds([1, 2, 1, 1000], warmup_steps=3)[-1],
+        "AutoClip": reference.lower_fence_thresholds([1, 2, 1, 1000], warmup_steps=3)[-1],
         "ZScoreClip": reference.zscore_thresholds([1, 2, 1, 1000], warmup_steps=3)[-1],
         "AGC": 0.01 * np.sqrt(2),
     }

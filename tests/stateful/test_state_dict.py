@@ -22,6 +22,7 @@ ALGOS = {"AutoClip": "autoclip", "ZScoreClip": "zscore", "AGC": "agc"}
 ARGUMENTS = {
     "AutoClip": {
         "mode": "percentile",
+        "outliers_only": True,
         "percentile": 60.0,
         "history": "window",
         "ema_decay": 0.9,
@@ -30,6 +31,8 @@ ARGUMENTS = {
     "ZScoreClip": {"zmax": 2.0, "ema_decay": 0.9},
     "AGC": {"clipping": 0.75, "exclude_bias_bn": False},
 }
+# smartclip has no such argument.
+OURS_ALONE = {"outliers_only"}
 SHARED = {"warmup_steps": 4, "min_history": 3, "eps": 1e-6}
 
 STEPS = 12
@@ -143,11 +146,12 @@ def test_an_eager_run_resumed_from_json_repeats_every_bit(cls):
 def test_the_layout_is_that_of_smartclip_around_a_state_of_our_own(cls):
     arguments = ARGUMENTS[cls.__name__] | SHARED | {"scope": "per_layer", "guard_nans": False}
     ours = make(cls, scope="per_layer", guard_nans=False).state_dict()
-    theirs = getattr(original, cls.__name__)(**arguments).state_dict()
+    common = {name: value for name, value in arguments.items() if name not in OURS_ALONE}
+    theirs = getattr(original, cls.__name__)(**common).state_dict()
     algo = ALGOS[cls.__name__]
     assert list(ours) == list(theirs)
     assert {**ours, algo: None} == {**theirs, algo: None}
-    for name in ARGUMENTS[cls.__name__]:
+    for name in ARGUMENTS[cls.__name__].keys() - OURS_ALONE:
         assert ours[algo][name] == theirs[algo][name] == arguments[name]
     assert set(ours[algo]) == {*ARGUMENTS[cls.__name__], "keys", "state"}
 
@@ -191,6 +195,7 @@ def test_a_compiled_step_goes_on_from_the_state_that_was_loaded():
 OTHERS = {
     "AutoClip": {
         "mode": "auto",
+        "outliers_only": False,
         "percentile": 61.0,
         "history": "ema",
         "ema_decay": 0.8,
@@ -223,6 +228,15 @@ def test_a_clipper_in_use_refuses_a_state_of_other_arguments(cls, name, value):
     with pytest.raises(ValueError, match=message):
         clipper.load_state_dict(make(cls, **{"scope": "per_param", name: value}).state_dict())
     assert clipper.state_dict() == before
+
+
+@pytest.mark.parametrize(("mode", "outliers_only"), [("auto", True), ("percentile", False)])
+def test_what_version_0_1_0_saved_goes_on_as_it_did_then(mode, outliers_only):
+    saved = in_use(smartclip.AutoClip, mode=mode, outliers_only=outliers_only).state_dict()
+    clipper = in_use(smartclip.AutoClip, mode=mode, outliers_only=outliers_only)
+    for target in (smartclip.AutoClip(), clipper):
+        target.load_state_dict(through_json(without(saved, "autoclip", "outliers_only")))
+        assert target.state_dict() == saved
 
 
 @each_class

@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parent
 # The arguments are those that the states were stored with. Where one is left out, its default may
 # not change: a run that was saved with it could not go on.
 CLIPPERS = {
-    "autoclip": smartclip.autoclip,
+    "autoclip": partial(smartclip.autoclip, outliers_only=True),
     "autoclip_percentile": partial(
         smartclip.autoclip, 90.0, history=smartclip.ring_buffer(16), scope="per_layer"
     ),
@@ -42,13 +42,14 @@ CLIPPERS = {
     "adagc": partial(smartclip.adagc, warmup_steps=5, absolute_clip=None),
     "agc": partial(smartclip.agc, 0.1),
     "skip_spikes": lambda: smartclip.skip_spikes(
-        smartclip.autoclip(history=smartclip.ring_buffer(16)), window=16
+        smartclip.autoclip(outliers_only=True, history=smartclip.ring_buffer(16)), window=16
     ),
 }
 
 # Called with nothing that sets a shape; only the shapes of their states are stored.
 DEFAULTS = {
     "autoclip()": smartclip.autoclip,
+    "autoclip(outliers_only=True)": partial(smartclip.autoclip, outliers_only=True),
     "autoclip(10.0)": partial(smartclip.autoclip, 10.0),
     "autoclip(95.0, history=geometric_quantile())": partial(
         smartclip.autoclip, 95.0, history=smartclip.geometric_quantile()
@@ -61,6 +62,17 @@ DEFAULTS = {
     "adagc()": smartclip.adagc,
     "agc()": smartclip.agc,
     "skip_spikes(autoclip())": lambda: smartclip.skip_spikes(smartclip.autoclip()),
+    "skip_spikes(autoclip(outliers_only=True))": lambda: smartclip.skip_spikes(
+        smartclip.autoclip(outliers_only=True)
+    ),
+}
+
+# What a run that was saved by a version has to call today, where a default has changed.
+CALLED_TODAY = {
+    "v0.1.0": {
+        "autoclip()": "autoclip(outliers_only=True)",
+        "skip_spikes(autoclip())": "skip_spikes(autoclip(outliers_only=True))",
+    }
 }
 
 SEED = 0
