@@ -46,8 +46,8 @@ def path(request):
     return request.param
 
 
-def test_there_are_five_in_order():
-    assert [path.name[:2] for path in NOTEBOOKS] == ["1_", "2_", "3_", "4_", "5_"]
+def test_there_are_six_in_order():
+    assert [path.name[:2] for path in NOTEBOOKS] == ["1_", "2_", "3_", "4_", "5_", "6_"]
 
 
 def test_is_of_the_current_format_and_has_nothing_of_the_machine_that_ran_it(path):
