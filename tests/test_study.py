@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from documents import ROOT
 from study import __main__ as study
 from study import rules
 from study.arms import ARMS, AUTO, NONE, SKIP_SPIKES, Arm, fixed
 from study.measures import best_at_budget, best_of, diverged, interval, lost_progress, sensitivity
+from study.pictures import of_arms
+from study.promise import judge
 from study.results import ARM, CONTROL, Outcome, append, load, spike_score, summarize
 from study.tasks import TASKS, cartpole, digits, layers
 from study.training import train
@@ -269,14 +272,30 @@ def test_a_promise_is_kept_within_one_percent_or_noise():
     best = outcome(5.0, rows)
     # 0.5 % behind; 25 % behind in every seed; 5 % behind, in one seed of four.
     behind = outcome(5.0, [[1.02] * 4, [2.0] * 4, [1.8, 1.0, 1.0, 1.0]])
-    found = rules.judge(behind, {"best": best, "behind": behind}, slice(0, 4))
-    np.testing.assert_allclose(found, (2 / 3, (0.5 + 25 + 5) / 3, 25.0, 0.0), rtol=1e-9)
+    found = judge(behind, {"best": best, "behind": behind}, slice(0, 4))
+    np.testing.assert_allclose(found, (2 / 3, (0.5 + 25 + 5) / 3, 25.0, 0.0, 0.5), rtol=1e-9)
+
+
+def test_the_page_quotes_the_stored_results():
+    page = (ROOT / "docs" / "choosing.md").read_text()
+    rows = re.findall(r"^\| `(.+)` \|" + r" ([\d.]+) % \|" * 4 + "$", page, re.MULTILINE)
+    tables = {name: of_arms(load(study.STORED / f"{name}.csv")) for name in TASKS}
+    figures = {
+        arm: [judge(arms[arm], arms, slice(None)) for arms in tables.values()]
+        for arm in next(iter(tables.values()))
+    }
+    expected = {}
+    for arm, of_tasks in figures.items():
+        kept, lost, _, share, at_best = np.mean(of_tasks, axis=0)
+        found = f"{100 * kept:.0f}", f"{lost:.1f}", f"{100 * share:.1f}", f"{at_best:.1f}"
+        expected[arm] = found
+    assert {arm: tuple(quoted) for arm, *quoted in rows} == expected
 
 
 def test_only_the_named_seeds_are_judged():
     both = {"a": outcome(5.0, [[1.0, 1.0, 4.0, 4.0]]), "b": outcome(5.0, [[2.0, 2.0, 1.0, 1.0]])}
-    assert rules.judge(both["a"], both, slice(0, 2)).lost == 0.0
-    assert rules.judge(both["a"], both, slice(2, 4)).lost == pytest.approx(75.0)
+    assert judge(both["a"], both, slice(0, 2)).lost == 0.0
+    assert judge(both["a"], both, slice(2, 4)).lost == pytest.approx(75.0)
 
 
 @pytest.mark.parametrize("name", rules.CANDIDATES)

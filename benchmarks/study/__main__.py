@@ -30,7 +30,7 @@ What would refute the claims of the literature, stated before the study was run:
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -48,6 +48,7 @@ from study.measures import (
     lost_progress,
     sensitivity,
 )
+from study.promise import judge, print_figures
 from study.results import ARM, CONTROL, Table, append, load, summarize
 from study.tasks import TASKS
 from study.training import Task, train
@@ -116,6 +117,18 @@ def over_control(table: Table, arm: str) -> str:
     return str(interval(100 * (losses - of_control).mean(axis=0) / unit))
 
 
+def print_promise(tables: Mapping[str, Table]) -> None:
+    """Over all tasks, how often each arm is as good as the best; if they have the same arms."""
+    arms = {name: pictures.of_arms(table) for name, table in tables.items()}
+    if len({frozenset(outcomes) for outcomes in arms.values()}) > 1:
+        return
+    figures = {
+        arm: {name: judge(outcomes[arm], outcomes, slice(None)) for name, outcomes in arms.items()}
+        for arm in next(iter(arms.values()))
+    }
+    print_figures("All rates and seeds", figures)
+
+
 def compare_signs(table: Table, stored: Table) -> list[str]:
     """Which differences between two arms have another sign in the stored results.
 
@@ -158,6 +171,7 @@ def main(args: Sequence[str] | None = None) -> int:
         stored = load(STORED / f"{name}.csv")
         if options.quick and stored.outcomes:
             wrong += [f"{name}: {line}" for line in compare_signs(tables[name], stored)]
+    print_promise(tables)
     for path in pictures.draw(options.out, tasks, tables):
         print(f"Wrote {path}.")
     print("\n".join(["Signs that differ from the stored results:", *wrong]) if wrong else "")

@@ -12,7 +12,7 @@ beside the results of the study is not trained again.
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +24,9 @@ from jaxtyping import Array, Int32
 from machine import describe_machine
 from study.__main__ import NUM_SEEDS, STORED
 from study.arms import AUTO_ARMS, Arm
-from study.measures import best_progress, capped, diverged, interval, leading_losses
 from study.pictures import of_arms
-from study.results import ARM, Outcome, append, load, summarize
+from study.promise import Figures, judge, print_figures
+from study.results import ARM, append, load, summarize
 from study.tasks import TASKS
 from study.training import train
 
@@ -45,7 +45,6 @@ CHOOSING_TASKS = (
 )
 CHOOSING_SEEDS = slice(0, NUM_SEEDS // 2)
 REPORTING_SEEDS = slice(NUM_SEEDS // 2, NUM_SEEDS)
-WITHIN = 1.0
 
 # From a function of a percentile, and the norm of this step, to the threshold.
 Limit = Callable[[Callable[[float], Norms], Norms], Norms]
@@ -157,43 +156,6 @@ CANDIDATES: dict[str, Arm] = {
 }
 
 
-class Figures(NamedTuple):
-    """How well an arm keeps the promise, over the rates of a task.
-
-    Attributes:
-        kept: Share of rates at which it is within 1 % of the best arm, or within noise.
-        lost: Mean over rates of how far it is behind, in % of the best progress.
-        worst: The largest of them.
-        diverged: Share of runs that diverge.
-    """
-
-    kept: float
-    lost: float
-    worst: float
-    diverged: float
-
-
-def judge(outcome: Outcome, arms: Mapping[str, Outcome], seeds: slice) -> Figures:
-    """Compares with the arm that is best at each rate, paired over these seeds."""
-    arms = {name: _of_seeds(other, seeds) for name, other in arms.items()}
-    outcome = _of_seeds(outcome, seeds)
-    behind = 100 * (capped(outcome) - leading_losses(arms)) / best_progress(arms)
-    found = [interval(of_rate) for of_rate in behind]
-    kept = [lost.mean <= max(WITHIN, lost.half) for lost in found]
-    losses = [max(lost.mean, 0.0) for lost in found]
-    return Figures(
-        float(np.mean(kept)),
-        float(np.mean(losses)),
-        float(np.max(losses)),
-        float(np.mean(diverged(outcome))),
-    )
-
-
-def _of_seeds(outcome: Outcome, seeds: slice) -> Outcome:
-    num_seeds = range(outcome.final.shape[1])[seeds]
-    return Outcome(*(figure[:, num_seeds] for figure in outcome))
-
-
 def train_candidates(folder: Path) -> None:
     """Trains what the files lack."""
     seeds = range(NUM_SEEDS)[CHOOSING_SEEDS]
@@ -206,24 +168,6 @@ def train_candidates(folder: Path) -> None:
             outcome = summarize(train(task, arm, seeds, np.ones((len(task.rates), len(seeds)))))
             append(path, describe_machine(jax, optax), (rule, ARM), task.rates, seeds, outcome)
             print(f"{name}: {rule}, after {time.perf_counter() - start:.0f} s", flush=True)
-
-
-def print_figures(title: str, figures: Mapping[str, Mapping[str, Figures]]) -> None:
-    """A line for each rule, those that keep the promise most often first."""
-    tasks = list(next(iter(figures.values())))
-    print(f"\n{title}: {', '.join(tasks)}")
-    print(f"{'':36}{'kept':>7}{'lost %':>8}{'worst %':>9}{'diverge':>9}   lost % in each")
-
-    def of(rule: str) -> np.ndarray:
-        return np.array(list(figures[rule].values()))
-
-    for rule in sorted(figures, key=lambda rule: (-of(rule)[:, 0].mean(), of(rule)[:, 1].mean())):
-        kept, lost, worst, diverge = of(rule).T
-        each = "".join(f"{figure:6.1f}" for figure in lost)
-        print(
-            f"{rule:36}{kept.mean():7.0%}{lost.mean():8.2f}{worst.max():9.1f}"
-            f"{diverge.mean():9.1%}  {each}"
-        )
 
 
 def main(args: list[str] | None = None) -> int:
