@@ -20,7 +20,7 @@ from jaxtyping import Array, Int32
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.groups import LeafMask, Scope
 from optax_smartclip.engine.meshes import AxisName
-from optax_smartclip.engine.norms import Norms
+from optax_smartclip.engine.norms import LARGEST, Norms
 from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
 from optax_smartclip.engine.stacks import Stacked
 from optax_smartclip.engine.states import state
@@ -70,7 +70,7 @@ def autoclip(
     percentile: Any = None,
     *,
     outliers_only: Any = False,
-    history: NormHistory | None = None,
+    history: Any = None,
     scope: Scope = "global",
     stacked: Stacked = None,
     mask: LeafMask = None,
@@ -140,6 +140,11 @@ def autoclip(
         2.75
     """
     checks.check_flag("outliers_only", outliers_only)
+    if not isinstance(history, NormHistory | None):
+        raise ValueError(
+            "`history` must be a NormHistory, as ring_buffer(128) makes one, or None, "
+            f"got {history!r}."
+        )
     if percentile is None:
         rule = upper_fence_rule(history) if outliers_only else lower_fence_rule(history)
         warmup_steps = 1 if warmup_steps is None else warmup_steps
@@ -226,16 +231,19 @@ def _rule_of_quartiles(
     def threshold(state: FenceState, norms: Norms) -> Norms:
         del norms
         quartiles = [history.percentile(state.history, percent) for percent in percentiles]
-        early = early_factor * quartiles[percentiles.index(50.0)]
-        limit = jnp.where(state.num_recorded < _FENCE_MIN_NORMS, early, fence(*quartiles))
+        median = quartiles[percentiles.index(50.0)]
+        is_early = state.num_recorded < _FENCE_MIN_NORMS
+        limit = jnp.where(is_early, early_factor * median, fence(*quartiles))
         # States of version 0.1.0 may have zeros recorded, which show no scale to exceed.
         return jnp.where(limit > 0, limit, jnp.inf)
 
     def record(state: FenceState, norms: Norms, thresholds: Norms) -> FenceState:
-        del thresholds
+        # Without a threshold, no norm is known: the count is that of another clipper, left by a
+        # restore that fills what a checkpoint lacks from the initial state.
+        num_known = jnp.where(thresholds < LARGEST, state.num_recorded, 0)
         return FenceState(
             history=history.record(state.history, norms, percentiles),
-            num_recorded=optax.safe_increment(state.num_recorded),
+            num_recorded=optax.safe_increment(num_known),
         )
 
     return ThresholdRule(init, threshold, record)

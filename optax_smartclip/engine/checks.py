@@ -1,8 +1,7 @@
 """Checks of arguments, made where the user wrote them: in the factories.
 
-Each raises with the argument's name, its value and what is allowed. A number is checked only
-when it is a Python or NumPy number: one that is a JAX array, as `optax.inject_hyperparams` makes
-of them, may be traced and then has no value yet.
+Each raises with the argument's name, its value and what is allowed. A number that is traced, as one
+of `optax.inject_hyperparams` in a compiled step, has no value yet and passes unchecked.
 """
 
 import numbers
@@ -14,6 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32
+
+# The size of a float32.
+_EXACT_BYTES = 4
 
 
 def check_number(
@@ -29,20 +31,38 @@ def check_number(
 ) -> None:
     """Raises ValueError unless `low <= value <= high`, with `<` where strict.
 
-    An array passes unchecked, or not at all.
+    Of an array, every element is checked. A traced one passes unchecked; where none may be, it does
+    not pass at all. One of low precision may lie on a bound that others may not: `decay=0.999` is 1
+    in bfloat16, which `optax.inject_hyperparams` makes of it for parameters of that dtype.
     """
     if isinstance(value, bool | np.bool_):
         valid = False
     elif isinstance(value, numbers.Real):
-        number = float(value)
-        # Written so that NaN fails.
-        above = number > low if strict_low else number >= low
-        below = number < high if strict_high else number <= high
-        valid = above and below
+        valid = _is_within(float(value), low, high, strict_low, strict_high)
+    elif may_be_array and isinstance(value, jax.Array | np.ndarray):
+        known, is_exact = _known_values(value), value.dtype.itemsize >= _EXACT_BYTES
+        strict = is_exact and strict_low, is_exact and strict_high
+        valid = known is None or _is_within(known, low, high, *strict)
     else:
-        valid = may_be_array and isinstance(value, jax.Array | np.ndarray)
+        valid = False
     if not valid:
         raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
+
+
+def _is_within(value: Any, low: float, high: float, strict_low: bool, strict_high: bool) -> bool:
+    # Written so that NaN fails.
+    above = value > low if strict_low else value >= low
+    below = value < high if strict_high else value <= high
+    return bool(np.all(above & below))
+
+
+def _known_values(value: jax.Array | np.ndarray) -> np.ndarray | None:
+    """The numbers in an array; None if it is traced, or in another process."""
+    if isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, jax.core.Tracer) or not value.is_fully_addressable:
+        return None
+    return np.asarray(jax.device_get(value))
 
 
 def check_positive(name: str, value: Any, *, none: str = "") -> None:

@@ -135,6 +135,13 @@ def test_unit_axes_means_nothing_outside_scope_unit():
         smartclip.agc(unit_axes=0, scope="per_param")
 
 
+@pytest.mark.parametrize("percentile", [None, 90.0])
+@pytest.mark.parametrize("history", [128, "ring_buffer", smartclip.ring_buffer])
+def test_what_is_no_history_is_an_error(percentile, history):
+    with pytest.raises(ValueError, match=r"`history` must be a NormHistory, .* got .*[r1]"):
+        smartclip.autoclip(percentile, history=history)
+
+
 def test_the_auto_mode_refuses_a_history_of_one_percentile():
     with pytest.raises(ValueError, match=r"`history` must .* got geometric_quantile\(0.1\)"):
         smartclip.autoclip(history=smartclip.geometric_quantile(0.1))
@@ -284,14 +291,26 @@ def test_every_number_that_is_allowed_can_be_used(factory, warmup_steps):
         ),
     ],
 )
-def test_arrays_have_no_value_to_check_and_are_used_as_they_are(factory, names, dtype):
+def test_traced_arrays_have_no_value_to_check_and_are_used_as_they_are(factory, names, dtype):
     params = {"w": jnp.ones(3)}
 
     def step(numbers):
         tx = factory(**numbers)
         return tx.update(params, tx.init(params), params)[0]
 
-    # Traced, and out of range for every argument.
+    # Out of range for every argument.
     numbers = {name: jnp.asarray(-1, dtype) for name in (*names, "warmup_steps", "max_norm")}
     assert jax.eval_shape(step, numbers)["w"].dtype == jnp.float32
-    factory(**numbers)
+    # With a value, it is checked.
+    good = {name: jnp.asarray(0.5) for name in names}
+    factory(**good)
+    for name, number in numbers.items():
+        for array in (number, np.asarray(number), jnp.stack([-number, number])):
+            with pytest.raises(ValueError, match=rf"(?s)`{name}` must be .* got .*-1"):
+                factory(**good | {name: array})
+
+
+def test_an_array_that_was_rounded_to_a_bound_is_no_mistake():
+    smartclip.zscore_clip(decay=jnp.asarray(0.999, jnp.bfloat16))
+    with pytest.raises(ValueError, match=r"`decay` must be in \[0, 1\), got"):
+        smartclip.zscore_clip(decay=jnp.asarray(1.0))
