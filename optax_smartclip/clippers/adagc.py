@@ -26,7 +26,7 @@ from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
 from optax_smartclip.engine.scaling import has_reached
 from optax_smartclip.engine.stacks import Stacked
 from optax_smartclip.engine.states import state
-from optax_smartclip.histories.moments import new_weight
+from optax_smartclip.histories.moments import count_known, new_weight
 
 
 @state
@@ -132,7 +132,8 @@ def adagc_rule(
         )
 
     def is_warm(state: AdaGCState) -> Any:
-        return has_reached(state.num_recorded, jnp.maximum(as_float32(warmup_steps), 1.0))
+        num_known = count_known(state.average, state.num_recorded)
+        return has_reached(num_known, jnp.maximum(as_float32(warmup_steps), 1.0))
 
     def threshold(state: AdaGCState, norms: Norms) -> Norms:
         in_warmup = share_of_total(norms, absolute_clip)
@@ -140,12 +141,13 @@ def adagc_rule(
 
     def record(state: AdaGCState, norms: Norms, thresholds: Norms) -> AdaGCState:
         clipped = jnp.minimum(norms, thresholds)
-        smallest = jnp.where(state.num_recorded > 0, jnp.minimum(state.average, clipped), clipped)
+        num_known = count_known(state.average, state.num_recorded)
+        smallest = jnp.where(num_known > 0, jnp.minimum(state.average, clipped), clipped)
         limit = thresholds if record_limit is None else as_float32(record_limit) * state.average
         change = jnp.minimum(norms, limit) - state.average
         return AdaGCState(
             average=jnp.where(is_warm(state), state.average + new_weight(decay) * change, smallest),
-            num_recorded=optax.safe_increment(state.num_recorded),
+            num_recorded=optax.safe_increment(num_known),
         )
 
     return ThresholdRule(init, threshold, record)

@@ -33,6 +33,7 @@ from optax_smartclip.histories.moments import (
     MomentsState,
     above_mean,
     averaging_weight,
+    count_known,
     init_moments,
     new_weight,
     safe_hypot,
@@ -127,7 +128,8 @@ def zclip_rule(
     """Threshold: for an outlier what it is cut to, else where outliers begin."""
 
     def is_warm(state: MomentsState) -> Any:
-        return has_reached(state.num_recorded, jnp.maximum(as_float32(warmup_steps), 1.0))
+        num_known = count_known(state.mean, state.num_recorded)
+        return has_reached(num_known, jnp.maximum(as_float32(warmup_steps), 1.0))
 
     def threshold(state: MomentsState, norms: Norms) -> Norms:
         excess = as_float32(zmax) * state.std
@@ -144,7 +146,7 @@ def zclip_rule(
         return jnp.where(is_warm(state), limit, jnp.inf)
 
     def record(state: MomentsState, norms: Norms, thresholds: Norms) -> MomentsState:
-        num_recorded = optax.safe_increment(state.num_recorded)
+        num_recorded = optax.safe_increment(count_known(state.mean, state.num_recorded))
         averaged = update_moments(state.mean, state.std, norms, averaging_weight(num_recorded))
 
         limit = thresholds if record_limit is None else above_mean(state, record_limit)

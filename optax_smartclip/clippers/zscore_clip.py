@@ -21,6 +21,7 @@ from optax_smartclip.histories.moments import (
     MomentsState,
     above_mean,
     averaging_weight,
+    count_known,
     init_moments,
     new_weight,
     update_moments,
@@ -105,17 +106,18 @@ def zscore_rule(zmax: Any, decay: Any) -> ThresholdRule:
     def threshold(state: MomentsState, norms: Norms) -> Norms:
         del norms
         limit = above_mean(state, zmax)
-        return jnp.where(state.num_recorded > 0, limit, jnp.inf)
+        return jnp.where(count_known(state.mean, state.num_recorded) > 0, limit, jnp.inf)
 
     def record(state: MomentsState, norms: Norms, thresholds: Norms) -> MomentsState:
         del thresholds
-        num_recorded = optax.safe_increment(state.num_recorded)
+        num_known = count_known(state.mean, state.num_recorded)
+        num_recorded = optax.safe_increment(num_known)
         seed = MomentsState(mean=norms, std=norms, num_recorded=num_recorded)
         weight = jnp.maximum(new_weight(decay), averaging_weight(num_recorded))
         bounded = jnp.minimum(norms, above_mean(state, _RECORD_LIMIT))
         mean, std = update_moments(state.mean, state.std, bounded, weight)
         moved = MomentsState(mean=mean, std=std, num_recorded=num_recorded)
-        recorded: MomentsState = select_groups(state.num_recorded > 0, moved, seed)
+        recorded: MomentsState = select_groups(num_known > 0, moved, seed)
         return recorded
 
     return ThresholdRule(init_moments, threshold, record)

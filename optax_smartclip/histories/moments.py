@@ -50,6 +50,15 @@ def init_moments(num_groups: int) -> MomentsState:
     )
 
 
+def count_known(moment: Norms, num_recorded: Int32[Array, " groups"]) -> Int32[Array, " groups"]:
+    """How many norms are in a mean: none if it is zero, as no norm is.
+
+    A restore that fills what a checkpoint lacks from the initial state, as Flax's by way of Orbax
+    does, makes states with the count of one clipper and without the moments of another.
+    """
+    return jnp.where(moment > 0, num_recorded, 0)
+
+
 def update_moments(mean: Norms, std: Norms, value: Norms, weight: Norms) -> tuple[Norms, Norms]:
     """Mean and standard deviation after one more value."""
     delta = value - mean
