@@ -33,7 +33,7 @@ from optax_smartclip.engine.scaling import limit_threshold, scale_arrays, signed
 from optax_smartclip.engine.stacks import Stacked, check_stacked
 from optax_smartclip.engine.states import (
     ClipState,
-    check_num_groups,
+    check_fits,
     init_state,
     register_with_flax,
 )
@@ -143,13 +143,13 @@ def agc(
         return vary_as(state, params, axis_name)
 
     def update_fn(
-        updates: PyTree, state: ClipState, params: PyTree | None = None, **extra_args: Any
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, ClipState]:
         del extra_args
         if params is None:
             raise ValueError("`params` must be passed to `update`: agc compares with the weights.")
         groups = groups_of(params)
-        check_num_groups(state, groups.num_groups)
+        check_fits(state, groups.num_groups, rule_fields=frozenset)
         weights = {path: leaf for path, leaf in flatten(params).items() if is_inexact(leaf)}
         leaves = clippable_leaves(updates, lambda path: groups.takes_part(path) and path in weights)
         arrays = list(leaves.values())

@@ -26,7 +26,12 @@ from optax_smartclip.engine.metrics import SkipMetrics, increment_where
 from optax_smartclip.engine.norms import group_norms
 from optax_smartclip.engine.partitions import one_group
 from optax_smartclip.engine.scaling import has_reached
-from optax_smartclip.engine.states import register_with_flax, select_groups, state
+from optax_smartclip.engine.states import (
+    check_is_state,
+    register_with_flax,
+    select_groups,
+    state,
+)
 from optax_smartclip.engine.trees import PyTree, clippable_leaves
 from optax_smartclip.histories.history import HistoryState, NormHistory
 from optax_smartclip.histories.ring_buffer import MAX_SIZE, ring_buffer
@@ -178,13 +183,14 @@ def skip_spikes(
 
     def update_fn(
         updates: PyTree,
-        state: SkipState,
+        state: Any,
         params: PyTree | None = None,
         *,
         value: Any = None,
         grad_norm: Any = None,
         **extra_args: Any,
     ) -> tuple[PyTree, SkipState]:
+        check_is_state(state, SkipState)
         tree = updates if params is None else params
         takes_part = assign_groups("global", tree, mask=mask).takes_part
         if grad_norm is None:

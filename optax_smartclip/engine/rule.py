@@ -5,6 +5,7 @@ A history-based clipper is a `ThresholdRule`, three pure functions of arrays; ev
 all of them.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,8 +22,9 @@ from optax_smartclip.engine.scaling import limit_threshold, scale_arrays, signed
 from optax_smartclip.engine.stacks import Stacked, check_stacked
 from optax_smartclip.engine.states import (
     ClipState,
-    check_num_groups,
+    check_fits,
     init_state,
+    leaf_names,
     register_with_flax,
     select_groups,
 )
@@ -138,6 +140,10 @@ def clip_by_rule(
     def groups_of(tree: PyTree) -> Groups:
         return assign_groups(scope, tree, stacked=stacked, mask=mask)
 
+    @functools.cache
+    def rule_fields() -> frozenset[str]:
+        return leaf_names(jax.eval_shape(lambda: rule.init(1)))
+
     def init_fn(params: PyTree) -> ClipState:
         register_with_flax()
         num_groups = groups_of(params).num_groups
@@ -155,7 +161,7 @@ def clip_by_rule(
 
     def update_fn(
         updates: PyTree,
-        state: ClipState,
+        state: Any,
         params: PyTree | None = None,
         *,
         grad_norm: Any = None,
@@ -163,7 +169,7 @@ def clip_by_rule(
     ) -> tuple[PyTree, ClipState]:
         del extra_args
         groups = groups_of(updates if params is None else params)
-        check_num_groups(state, groups.num_groups)
+        check_fits(state, groups.num_groups, rule_fields)
         leaves = clippable_leaves(updates, groups.takes_part)
         arrays = list(leaves.values())
         partition = groups.partition(leaves)

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from typing import Any, TypeVar, dataclass_transform
 
 import chex
@@ -22,6 +23,7 @@ from jaxtyping import Array, Int32
 
 from optax_smartclip.engine.metrics import ClipMetrics, init_metrics
 from optax_smartclip.engine.norms import Mask
+from optax_smartclip.engine.trees import leaves_by_name
 
 T = TypeVar("T")
 
@@ -76,8 +78,45 @@ def init_state(rule: Any, num_groups: int) -> ClipState:
     )
 
 
-def check_num_groups(state: ClipState, num_groups: int) -> None:
-    """Raises ValueError if a state was initialised for another number of groups."""
+GRAFT = "`smartclip.graft` puts the rest of a saved optimizer state beside a new clipper."
+
+
+def check_is_state(state: Any, cls: type) -> None:
+    """Raises ValueError unless `state` has the fields of a state of this class."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    # By its fields, not its class: in a module that is loaded anew, the class is another one.
+    if not all(hasattr(state, name) for name in names):
+        raise ValueError(
+            f"`state` must be the {cls.__name__} that `init` or the last `update` returned, "
+            f"without which nothing is known, got an object of type {type(state).__name__}. {GRAFT}"
+        )
+
+
+def check_fits(state: Any, num_groups: int, rule_fields: Callable[[], frozenset[str]]) -> None:
+    """Raises ValueError unless `state` is one of this clipper, for this number of groups.
+
+    Args:
+        state: What `update` was given.
+        num_groups: Those of the gradient.
+        rule_fields: The names of the leaves in the state of the rule.
+    """
+    check_num_groups(state, num_groups)
+    expected, found = rule_fields(), leaf_names(state.rule)
+    if found != expected:
+        raise ValueError(
+            f"The state must have the fields {sorted(expected)}, as the rule of this clipper "
+            f"has, got {sorted(found)}, as from another clipper. {GRAFT}"
+        )
+
+
+def leaf_names(tree: Any) -> frozenset[str]:
+    """The paths of all leaves."""
+    return frozenset(leaves_by_name(tree))
+
+
+def check_num_groups(state: Any, num_groups: int) -> None:
+    """Raises ValueError unless `state` is one of a clipper, for this number of groups."""
+    check_is_state(state, ClipState)
     if state.num_observed.shape != (num_groups,):
         raise ValueError(
             f"The state must have 'num_observed' of shape {(num_groups,)}, one entry for each "

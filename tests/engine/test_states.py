@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from clipper_table import CLIPPERS
 from trees import assert_same_bits
 
 import optax_smartclip as smartclip
@@ -169,3 +170,50 @@ def test_groups_are_selected_along_the_first_axis_of_every_leaf():
 def test_a_nan_in_what_is_not_selected_does_not_matter():
     new, old = jnp.array([jnp.nan, 1.0]), jnp.array([2.0, 3.0])
     np.testing.assert_array_equal(select_groups(jnp.array([False, True]), new, old), [2.0, 1.0])
+
+
+NO_STATES = {
+    "None": None,
+    "a tuple": (),
+    "of the chain": optax.chain(smartclip.autoclip(), optax.sgd(0.1)).init(PARAMS),
+    "of an optimizer": optax.adam(0.1).init(PARAMS),
+    "restored without a target": flax.serialization.to_state_dict(
+        smartclip.autoclip().init(PARAMS)
+    ),
+}
+
+
+@pytest.mark.parametrize("given", NO_STATES)
+@pytest.mark.parametrize(
+    ("tx", "name"),
+    [
+        (smartclip.zclip(), "ClipState"),
+        (smartclip.agc(), "ClipState"),
+        (smartclip.skip_spikes(optax.sgd(0.1)), "SkipState"),
+    ],
+    ids=["zclip", "agc", "skip_spikes"],
+)
+def test_what_is_no_state_is_refused_with_the_way_out(tx, name, given):
+    message = rf"`state` must be the {name} .* got an object of type \w+\. `smartclip.graft`"
+    with pytest.raises(ValueError, match=message):
+        tx.update(PARAMS, NO_STATES[given], PARAMS)
+
+
+@pytest.mark.parametrize("make", CLIPPERS.values(), ids=CLIPPERS)
+def test_a_state_of_another_clipper_is_refused_with_the_fields_of_both(make):
+    def fields(tx):
+        rule = tx.init(PARAMS).rule
+        return sorted(jax.tree_util.keystr(path)[1:] for path, _ in with_paths(rule))
+
+    ours = make(scope="global")
+    for other in CLIPPERS.values():
+        theirs = other(scope="global")
+        if fields(ours) != fields(theirs):
+            with pytest.raises(ValueError, match=r"must have the fields \[.*graft") as error:
+                ours.update(PARAMS, theirs.init(PARAMS), PARAMS)
+            for field in {*fields(ours), *fields(theirs)}:
+                assert repr(field.replace(".", "/")) in str(error.value)
+
+
+def with_paths(tree):
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
