@@ -7,6 +7,7 @@ Inside or outside `jit`:
 """
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -129,7 +130,9 @@ def metrics(opt_state: Any) -> dict[str, Array]:
     inside and return the dictionary.
 
     Args:
-        opt_state: Any optimizer state, however nested, as `init` or `update` returned it.
+        opt_state: Any optimizer state, however nested, as `init` or `update` returned it, or as
+            Flax or Orbax read it without a target: a record may also be a mapping with its fields,
+            as in a state dict, a pure dict or an `nnx.State`.
 
     Returns:
         The fields of `ClipMetrics` by name, each of shape `[]` or `[groups]`, and those of
@@ -149,12 +152,21 @@ def metrics(opt_state: Any) -> dict[str, Array]:
         (5.0, 0.2)
     """
     nodes = jax.tree_util.tree_flatten_with_path(
-        unbox(opt_state), is_leaf=lambda node: isinstance(node, RECORDS)
+        unbox(opt_state), is_leaf=lambda node: bool(_read(node))
     )[0]
-    found = {path[:-1]: node for path, node in nodes if isinstance(node, RECORDS)}
-    kinds = [type(record) for record in found.values()]
+    found = {path[:-1]: record for path, node in nodes if (record := _read(node))}
+    kinds = [tuple(record) for record in found.values()]
     return {
-        f"{path_name(path)}/{name}" if kinds.count(type(record)) > 1 else name: value
+        f"{path_name(path)}/{name}" if kinds.count(tuple(record)) > 1 else name: value
         for path, record in found.items()
-        for name, value in record._asdict().items()
+        for name, value in record.items()
     }
+
+
+def _read(node: Any) -> dict[str, Array]:
+    """The record that a node is, or is a mapping of; empty if it is neither."""
+    fields = node._asdict() if isinstance(node, RECORDS) else node
+    for kind in RECORDS:
+        if isinstance(fields, Mapping) and set(fields) == set(kind._fields):
+            return {name: fields[name] for name in kind._fields}
+    return {}

@@ -3,10 +3,12 @@
 import functools
 
 import flax.nnx as nnx
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import optax_smartclip as smartclip
@@ -266,6 +268,48 @@ def test_they_are_read_from_a_flax_nnx_optimizer():
     assert_record(outside)
     assert all(isinstance(value, jax.Array) for value in outside.values())
     np.testing.assert_allclose(model.a[...], [-0.06, 0.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.chain(smartclip.autoclip(), optax.sgd(0.1, momentum=0.9)),
+        smartclip.skip_spikes(optax.chain(smartclip.autoclip(), optax.sgd(0.1, momentum=0.9))),
+        optax.chain(
+            smartclip.autoclip(scope="per_param"), smartclip.agc(), optax.sgd(0.1, momentum=0.9)
+        ),
+    ],
+    ids=["chain", "skip_spikes", "two clippers"],
+)
+def test_they_are_read_from_a_state_of_mappings(tx, tmp_path):
+    _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS)
+    expected = smartclip.metrics(state)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        without_target = checkpointer.restore(tmp_path / "state")
+    for mapping in (flax.serialization.to_state_dict(state), without_target):
+        found = smartclip.metrics(mapping)
+        assert list(found) == list(expected)
+        for one, other in zip(found.values(), expected.values(), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_they_are_read_from_an_nnx_state_and_from_its_pure_dict():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.a, self.b = nnx.Param(jnp.ones(2)), nnx.Param(jnp.ones(2))
+
+    model = Model()
+    tx = optax.chain(smartclip.autoclip(), optax.sgd(0.1, momentum=0.9))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    optimizer.update(model, nnx.state(model, nnx.Param))
+    expected = smartclip.metrics(optimizer.opt_state)
+    assert expected["num_steps"] == 1
+    for state in (nnx.state(optimizer), nnx.to_pure_dict(nnx.state(optimizer))):
+        found = smartclip.metrics(state)
+        assert list(found) == list(expected)
+        np.testing.assert_array_equal(found["grad_norm"], expected["grad_norm"])
 
 
 @pytest.mark.parametrize(
