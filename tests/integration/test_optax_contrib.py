@@ -5,6 +5,7 @@ without a clipper is fed with gradients that were clipped by hand. The last test
 whole training loops.
 """
 
+import functools
 import itertools
 
 import jax
@@ -408,3 +409,64 @@ def test_outer_training_through_clipped_inner_training_lowers_the_outer_loss():
         assert np.all(nums_clipped[:, -1] > 0)
     assert smartclip.metrics(state)["num_clipped"] == 3
     assert losses == sorted(losses, reverse=True)
+
+
+CURVATURES = np.float32([1.0, 10.0, 100.0])
+SEARCH = optax.scale_by_backtracking_linesearch(20)
+# A limit that cuts every step until the optimum is near.
+LIMIT = functools.partial(smartclip.autoclip, max_norm=0.1)
+
+
+def bowl(x):
+    """Its optimum is 0, at 0."""
+    return 0.5 * jnp.sum(CURVATURES * jnp.square(x))
+
+
+def value_found(tx, value_and_grad):
+    """The value after 400 steps from (1, 2, 3), where it is 470.5."""
+
+    @jax.jit
+    def step(carry, _):
+        x, state = carry
+        value, grad = value_and_grad(x, state=state)
+        updates, state = tx.update(grad, state, x, value=value, grad=grad, value_fn=bowl)
+        return (optax.apply_updates(x, updates), state), None
+
+    start = jnp.array([1.0, 2.0, 3.0])
+    (x, _), _ = jax.lax.scan(step, (start, tx.init(start)), length=400)
+    return bowl(x)
+
+
+def computed(x, state):
+    """The value and the gradient where the parameters are."""
+    del state
+    return jax.value_and_grad(bowl)(x)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.chain(optax.lbfgs(), LIMIT()),
+        optax.chain(LIMIT(), optax.sgd(1.0), SEARCH),
+        optax.chain(optax.sgd(1.0), SEARCH, LIMIT()),
+        optax.chain(smartclip.autoclip(), optax.lbfgs()),
+    ],
+    ids=["behind lbfgs", "before a search", "behind a search", "autoclip() before lbfgs"],
+)
+def test_a_line_search_finds_the_optimum_with_a_clipper(tx):
+    assert value_found(tx, computed) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("tx", "value_and_grad"),
+    [
+        (optax.chain(LIMIT(), optax.lbfgs()), computed),
+        (optax.chain(LIMIT(), optax.polyak_sgd()), computed),
+        (optax.chain(optax.lbfgs(), LIMIT()), optax.value_and_grad_from_state(bowl)),
+    ],
+    ids=["before lbfgs", "before polyak_sgd", "from a search whose step was cut"],
+)
+def test_where_a_clipper_takes_from_a_line_search_what_it_needs(tx, value_and_grad):
+    """The page of integrations says so. Should it pass one day, the page is to be changed."""
+    with jax.debug_nans(False):
+        assert not value_found(tx, value_and_grad) < 1e-2
