@@ -57,18 +57,27 @@ def upper_fence_rule(factor: float) -> Threshold:
     return fence
 
 
+def from_the_start(threshold: Threshold, early_factor: float) -> Threshold:
+    """A multiple of the median until there are ten norms; infinite where that is zero."""
+    early = median_rule(early_factor)
+
+    def limit(ordered: list[float]) -> float:
+        found = (threshold if len(ordered) >= EARLY_NORMS else early)(ordered)
+        return found if found > 0 else np.inf
+
+    return limit
+
+
 def clipper(threshold: Threshold, window: int, early_factor: float = 3.0) -> streams.Clipper:
     """Clips by a function of the last `window` finite raw norms before the current, sorted."""
-    early = median_rule(early_factor)
+    rule = from_the_start(threshold, early_factor)
 
     def run(norms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         arrived: list[float] = []
         ordered: list[float] = []
         clipped, thresholds = [], []
         for norm in norms:
-            rule = threshold if len(arrived) >= EARLY_NORMS else early
             limit = rule(ordered) if ordered else np.inf
-            limit = limit if limit > 0 else np.inf
             thresholds.append(limit)
             clipped.append(min(norm, limit) if np.isfinite(norm) else 0.0)
             if np.isfinite(norm):

@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from auto_rules import quantile
+from auto_rules import from_the_start, lower_fence_rule, quantile, upper_fence_rule
 
 import optax_smartclip as smartclip
 
@@ -81,18 +81,8 @@ def of_window(limit: Callable[[list[float]], float], size: int, before: bool) ->
     return each(rule)
 
 
-def lower_fence(ordered: list[float]) -> float:
-    """The median and 2.5 times its distance to q25; of fewer than ten norms, 1.5 medians."""
-    q25, median = (quantile(ordered, share) for share in (0.25, 0.5))
-    limit = 1.5 * median if len(ordered) < 10 else median + 2.5 * (median - q25)
-    return limit if limit > 0 else math.inf
-
-
-def upper_fence(ordered: list[float]) -> float:
-    """Tukey's upper fence; of fewer than ten norms, three times the median."""
-    q25, median, q75 = (quantile(ordered, share) for share in (0.25, 0.5, 0.75))
-    limit = 3 * median if len(ordered) < 10 else q75 + 1.5 * (q75 - q25)
-    return limit if limit > 0 else math.inf
+lower_fence = from_the_start(lower_fence_rule(2.5), early_factor=1.5)
+upper_fence = from_the_start(upper_fence_rule(1.5), early_factor=3.0)
 
 
 def outlier(ordered: list[float]) -> float:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from clipper_table import CLIPPERS
+from jax.tree_util import tree_leaves_with_path
 from trees import assert_same_bits
 
 import optax_smartclip as smartclip
@@ -40,17 +41,13 @@ def run(tx, state):
 
 def fill(initial, saved):
     """The initial state, with every leaf of the saved one that has its path, shape and dtype."""
-    saved = {jax.tree_util.keystr(path): leaf for path, leaf in paths(saved)}
+    saved = {jax.tree_util.keystr(path): leaf for path, leaf in tree_leaves_with_path(saved)}
 
     def leaf(path, like):
         found = saved.get(jax.tree_util.keystr(path), like)
         return found if (found.shape, found.dtype) == (like.shape, like.dtype) else like
 
     return jax.tree_util.tree_map_with_path(leaf, initial)
-
-
-def paths(tree):
-    return jax.tree_util.tree_flatten_with_path(tree)[0]
 
 
 @pytest.fixture(scope="module")

@@ -56,15 +56,6 @@ SETTINGS = settings(max_examples=6, stateful_step_count=25, phases=[Phase.genera
 UNTIL_FOUND = settings(SETTINGS, max_examples=200)
 
 
-def fence(norms):
-    past = reference.window(norms, len(norms) - 1, 48)
-    if not past.size:
-        return np.inf
-    q25, median = np.percentile(past, [25, 50])
-    limit = 1.5 * median if len(past) < 10 else median + 2.5 * (median - q25)
-    return limit if limit > 0 else np.inf
-
-
 def percentile(norms, percent, size):
     return np.percentile(reference.window(norms, len(norms), size), percent)
 
@@ -137,7 +128,7 @@ def to_float32(updates, params=None):
 CASES = {
     "autoclip": Case(
         smartclip.autoclip(),
-        each(fence),
+        each(last_of(reference.lower_fence_thresholds)),
         lambda count: {"num_recorded": count, **ring_counts(48)(count)},
         eager=False,
     ),
@@ -184,7 +175,7 @@ CASES = {
         smartclip.skip_spikes(
             optax.chain(smartclip.autoclip(), optax.stateless(to_float32), optax.trace(MOMENTUM))
         ),
-        each(fence),
+        each(last_of(reference.lower_fence_thresholds)),
         lambda count: {"num_recorded": count, **ring_counts(48)(count)},
         skips=True,
         half=FLOAT16,

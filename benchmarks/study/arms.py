@@ -79,7 +79,7 @@ AUTO = "autoclip()"
 OUTLIERS_ONLY = "autoclip(outliers_only=True)"
 PER_PARAM = "autoclip(scope='per_param')"
 SKIP_SPIKES = "skip_spikes(chain(autoclip(), tx))"
-# With the rule that was chosen from the others, and the one before it.
+# What was chosen by comparison with the other arms, and what it replaced.
 AUTO_ARMS = (AUTO, OUTLIERS_ONLY, PER_PARAM, SKIP_SPIKES)
 ARMS: dict[str, Arm] = {
     NONE: Arm(optax.identity()),

@@ -84,7 +84,7 @@ GRAFT = "`smartclip.graft` puts the rest of a saved optimizer state beside a new
 def check_is_state(state: Any, cls: type) -> None:
     """Raises ValueError unless `state` has the fields of a state of this class."""
     names = [field.name for field in dataclasses.fields(cls)]
-    # By its fields, not its class: in a module that is loaded anew, the class is another one.
+    # Compares fields, because reloading a module creates a new class.
     if not all(hasattr(state, name) for name in names):
         raise ValueError(
             f"`state` must be the {cls.__name__} that `init` or the last `update` returned, "

@@ -202,8 +202,8 @@ def test_what_is_no_state_is_refused_with_the_way_out(tx, name, given):
 @pytest.mark.parametrize("make", CLIPPERS.values(), ids=CLIPPERS)
 def test_a_state_of_another_clipper_is_refused_with_the_fields_of_both(make):
     def fields(tx):
-        rule = tx.init(PARAMS).rule
-        return sorted(jax.tree_util.keystr(path)[1:] for path, _ in with_paths(rule))
+        leaves = jax.tree_util.tree_leaves_with_path(tx.init(PARAMS).rule)
+        return sorted(jax.tree_util.keystr(path)[1:] for path, _ in leaves)
 
     ours = make(scope="global")
     for other in CLIPPERS.values():
@@ -213,7 +213,3 @@ def test_a_state_of_another_clipper_is_refused_with_the_fields_of_both(make):
                 ours.update(PARAMS, theirs.init(PARAMS), PARAMS)
             for field in {*fields(ours), *fields(theirs)}:
                 assert repr(field.replace(".", "/")) in str(error.value)
-
-
-def with_paths(tree):
-    return jax.tree_util.tree_flatten_with_path(tree)[0]
