@@ -30,7 +30,7 @@ What would refute the claims of the literature, stated before the study was run:
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -57,6 +57,7 @@ STORED = Path(__file__).parent / "results"
 NUM_SEEDS = 12
 # How many settings anyone would try.
 TRIALS = 3
+SHARES = ("diverge %", "spikes %", "clipped %")
 QUICK_ARMS = (NONE, fixed(1.0), AUTO)
 QUICK_SEEDS = 4
 # Every third rate: low, middle, high.
@@ -85,27 +86,38 @@ def run_task(name: str, task: Task, arms: Sequence[str], seeds: Sequence[int], p
 
 
 def print_table(task: Task, table: Table) -> None:
-    """Mean losses at each rate, and the measures of each arm."""
+    """The losses at each rate, then the measures of each arm, as means over seeds."""
     outcomes = pictures.of_arms(table)
     lost = lost_progress(outcomes)
-    rates = "".join(f"{rate:>10g}" for rate in table.rates)
     print(f"\n{task.title}: {task.unit} at the end, {len(table.seeds)} seeds")
-    print(f"{'':36}{rates}   sensitivity       best of {TRIALS}         lost %         ", end="")
-    print("over control %  diverge  spikes  clipped  scale")
+    print_row("at the rate", [f"{rate:g}" for rate in table.rates])
     for arm, outcome in outcomes.items():
-        losses = "".join(f"{loss:>10.4g}" for loss in capped(outcome).mean(axis=1))
-        best = interval(best_at_budget([outcome], TRIALS))
-        behind = interval(100 * lost[arm].mean(axis=0))
-        print(
-            f"{arm:36}{losses}   {interval(sensitivity(outcome))!s:18}{best!s:18}{behind!s:15}"
-            f"{over_control(table, arm):16}{diverged(outcome).mean():>7.0%}"
-            f"{outcome.spikes.mean():>8.2%}{outcome.clipped.mean():>9.0%}"
-            f"{outcome.scale.mean():>7.2f}"
-        )
+        print_row(arm, map(interval, capped(outcome)))
+
+    print_row(
+        "", ["sensitivity", f"best of {TRIALS}", "lost %", "over control %", *SHARES, "scale"]
+    )
+    for arm, outcome in outcomes.items():
+        shares = (diverged(outcome), outcome.spikes, outcome.clipped)
+        measures = [
+            interval(sensitivity(outcome)),
+            interval(best_at_budget([outcome], TRIALS)),
+            interval(100 * lost[arm].mean(axis=0)),
+            over_control(table, arm),
+            *[interval(100 * share.mean(axis=0)) for share in shares],
+            interval(outcome.scale.mean(axis=0)),
+        ]
+        print_row(arm, measures)
     settings = [outcomes[fixed(norm)] for norm in FIXED_NORMS if fixed(norm) in outcomes]
     if len(settings) == len(FIXED_NORMS):
-        best = interval(best_at_budget(settings, TRIALS))
-        print(f"{'clip_by_global_norm, norm tuned':{36 + len(rates) + 21}}{best}")
+        print_row(
+            "clip_by_global_norm, norm tuned", ["", interval(best_at_budget(settings, TRIALS))]
+        )
+
+
+def print_row(name: str, cells: Iterable[object]) -> None:
+    """A line of a table."""
+    print(f"{name:36}" + "".join(f"{cell!s:19}" for cell in cells).rstrip())
 
 
 def over_control(table: Table, arm: str) -> str:
