@@ -289,16 +289,14 @@ def compile_steps(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, 
             scale = record["clip_scale"]
         norm, threshold, clipped = (jnp.atleast_1d(record[name]) for name in names)
         leaves = by_path(state)
-        # The reported record holds what the norms were.
-        learnt = [leaf for path, leaf in leaves.items() if ".last." not in path]
         return state, Run(
-            norms=norm,
-            thresholds=threshold,
+            norms=jnp.where(norm < LARGEST, norm, jnp.inf),
+            thresholds=jnp.where(threshold < LARGEST, threshold, jnp.inf),
             out=jnp.concatenate(updates),
             scales=jnp.atleast_1d(scale),
             clipped=clipped,
             counts={path: leaf for path, leaf in leaves.items() if is_counter(path)},
-            clean=jnp.stack([jnp.isfinite(leaf).all() for leaf in learnt]).all(),
+            clean=jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves.values()]).all(),
         )
 
     return jax.jit(lambda state, norms: jax.lax.scan(step, state, norms))

@@ -117,6 +117,8 @@ def from_transformation(
         clipped, thresholds = (
             np.asarray(array, np.float64)[: len(norms)] for array in (clipped, thresholds)
         )
+        # Metrics have the largest float32 where there is no threshold.
+        thresholds[thresholds == np.finfo(np.float32).max] = np.inf
         return (clipped, thresholds) if np.ndim(norms) == 2 else (clipped[:, 0], thresholds[:, 0])
 
     return clipper

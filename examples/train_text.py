@@ -304,8 +304,9 @@ def plot_norms(results: dict[str, Runs], path: Path) -> None:
         axes.plot(record.grad_norm, color=COLOURS[name], linewidth=0.8, label="norm")
         # The threshold of agc() is that of one unit, and has no place on this axis.
         if name not in ("none", "agc"):
-            finite = np.where(np.isfinite(record.threshold), record.threshold, np.nan)
-            axes.plot(finite, color="#D55E00", linewidth=1.2, label="threshold")
+            known = record.threshold < np.finfo(np.float32).max
+            learnt = np.where(known, record.threshold, np.nan)
+            axes.plot(learnt, color="#D55E00", linewidth=1.2, label="threshold")
             clipped = np.flatnonzero(record.clipped)
             axes.plot(
                 clipped, record.grad_norm[clipped], "v", color="#D55E00", markersize=3.5,

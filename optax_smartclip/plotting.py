@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from optax_smartclip.engine import checks
+from optax_smartclip.engine.norms import LARGEST
 
 try:
     import matplotlib.pyplot as plt
@@ -222,6 +223,8 @@ def _read(metrics: Metrics, clipper: str | None, steps: Any) -> tuple[Steps, Rec
             metrics = {name: [step[name] for step in metrics] for name in metrics[0]}
         known = [name for name in metrics if name.rpartition("/")[2] in _CLIP_FIELDS + _SKIP_FIELDS]
         arrays = {name: np.asarray(metrics[name], np.float64) for name in known}
+        # The largest float32 stands for a threshold that there is not, or a norm that is none.
+        arrays = {k: np.where(array < LARGEST, array, np.inf) for k, array in arrays.items()}
         (total,) = {len(array) for array in arrays.values()}
         arrays = {k: array.reshape(total, *array.shape[1:2] or (1,)) for k, array in arrays.items()}
         clips, skips = (_records(arrays, fields) for fields in (_CLIP_FIELDS, _SKIP_FIELDS))

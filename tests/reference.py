@@ -17,6 +17,16 @@ def norm(tree) -> float:
     return float(largest * np.sqrt(sum(np.sum((leaf / largest) ** 2) for leaf in leaves)))
 
 
+def reported(values) -> np.ndarray:
+    """Norms, losses or thresholds as metrics have them: the largest float32 for NaN and Inf."""
+    return np.where(np.isfinite(values), values, np.finfo(np.float32).max)
+
+
+def unreported(values) -> np.ndarray:
+    """From metrics, with Inf where they have the largest float32."""
+    return np.where(values < np.finfo(np.float32).max, values, np.inf)
+
+
 def window(norms, step: int, size: int) -> np.ndarray:
     """The positive, finite norms among `norms[:step]`, at most the last `size` of them."""
     seen = np.asarray(norms[:step], np.float64)

@@ -151,10 +151,12 @@ def check_step(name, grads, weights, updates, before, after):
     scope = scope_of(name)
     groups, clipped_groups, weight_groups = (split(scope, x) for x in (grads, updates, weights))
     norms = np.array([reference.norm(group) for group in groups])
-    # Whether the sum at the very end of float32 is still finite depends on rounding.
-    hypothesis.assume(not np.any(np.abs(norms / FLOAT32_MAX - 1) < 1e-4))
-    norms = np.where(norms > FLOAT32_MAX, np.inf, norms)
-    if scope == "unit" and not any(grad.dtype == np.float64 for grad in jax.tree.leaves(grads)):
+    is_double = any(grad.dtype == np.float64 for grad in jax.tree.leaves(grads))
+    if not is_double:
+        # Whether the sum at the very end of float32 is still finite depends on rounding.
+        hypothesis.assume(not np.any(np.abs(norms / FLOAT32_MAX - 1) < 1e-4))
+        norms = np.where(norms > FLOAT32_MAX, np.inf, norms)
+    if scope == "unit" and not is_double:
         # A unit whose square overflows counts as not finite.
         hypothesis.assume(not np.any(np.abs(norms / np.sqrt(FLOAT32_MAX) - 1) < 1e-4))
         norms = np.where(norms > np.sqrt(FLOAT32_MAX), np.inf, norms)
@@ -165,21 +167,23 @@ def check_step(name, grads, weights, updates, before, after):
     if scope == "unit":
         # The record sums up all units.
         ratios = np.where(finite, norms / thresholds, np.inf)
-        assert np.isfinite(last.grad_norm[0]) == finite.all()
+        assert (last.grad_norm[0] < FLOAT32_MAX) == finite.all()
         if finite.all():
             np.testing.assert_allclose(
                 last.clip_scale, min(1, 1 / max(ratios.max(), TINY)), rtol=1e-5, atol=TINY
             )
         finite = finite.all(keepdims=True)
     else:
-        np.testing.assert_array_equal(np.isfinite(last.grad_norm), finite)
+        np.testing.assert_array_equal(last.grad_norm < FLOAT32_MAX, finite)
         # AGC does not care for norms whose squares underflow: its thresholds are far above.
         atol = 1e-18 if name in WEIGHT_BASED else 4 * TINY
-        np.testing.assert_allclose(last.grad_norm[finite], norms[finite], rtol=1e-6, atol=atol)
+        expected = np.minimum(norms[finite], FLOAT32_MAX)
+        np.testing.assert_allclose(last.grad_norm[finite], expected, rtol=1e-6, atol=atol)
         if name in WEIGHT_BASED:
             np.testing.assert_allclose(last.clip_threshold, thresholds, rtol=1e-6)
         # From here on to the bit, so that at a threshold both sides agree on which side it is.
-        norms, thresholds = (x.astype(np.float64) for x in (last.grad_norm, last.clip_threshold))
+        thresholds = reference.unreported(last.clip_threshold.astype(np.float64))
+        norms = np.where(norms < FLOAT32_MAX, last.grad_norm.astype(np.float64), norms)
 
     for group, clipped_group, norm, threshold in zip(
         groups, clipped_groups, norms, thresholds, strict=True
@@ -197,12 +201,11 @@ def check_step(name, grads, weights, updates, before, after):
     np.testing.assert_array_equal(last.num_nonfinite, previous.num_nonfinite + ~finite)
     observed = np.asarray(after.num_observed) - np.asarray(before.num_observed)
     reported = np.asarray(last.grad_norm)
-    live = np.isfinite(reported) & (reported > 0)
+    live = (reported < FLOAT32_MAX) & (reported > 0)
     # A norm below the normal numbers may be flushed to zero in one place and not in another.
     assert np.all((observed == live) | (reported < TINY))
     assert np.all((observed == 0) | (observed == 1))
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.rule))
-    assert not np.any(np.isnan(last.clip_threshold))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
 
 
 def check_stream(name, trees, factors, data):
@@ -233,4 +236,4 @@ def test_every_step_keeps_what_clipping_promises(name, data):
 @hypothesis.given(data=st.data())
 def test_float64_gradients_are_no_exception(name, data):
     with enable_x64(True):
-        check_stream(name, ["double"], [*FACTORS, 1e-200, 1e200], data)
+        check_stream(name, ["double"], [*FACTORS, 1e-200, 1e39, 1e200], data)

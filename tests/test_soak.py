@@ -144,7 +144,7 @@ def wrap_around(state):
 
 
 def miss_infinities(state):
-    return state.last.num_nonfinite - jnp.isinf(state.last.grad_norm).astype(jnp.int32)
+    return state.last.num_nonfinite - (state.last.grad_norm == soak.LARGEST).astype(jnp.int32)
 
 
 def scale_all(grads, updates, state):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from documents import ROOT
 from stored import write
 
@@ -90,6 +91,9 @@ def test_a_stored_state_goes_on_as_it_did_when_it_was_stored(version, name):
             actual, wanted = actual[judged], wanted[judged]
         # Counts and truth values have to be equal; rounding may differ between machines.
         if wanted.dtype == np.float32:
+            if path[0].key == "metrics":
+                # Version 0.1.0 reported NaN and Inf as they were.
+                wanted = reference.reported(wanted)
             np.testing.assert_allclose(actual, wanted, rtol=1e-6, err_msg=str(path))
         else:
             np.testing.assert_array_equal(actual, wanted, err_msg=str(path))

@@ -21,7 +21,7 @@ from optax_smartclip.engine import checks
 from optax_smartclip.engine.dtypes import as_float32
 from optax_smartclip.engine.groups import LeafMask, Scope
 from optax_smartclip.engine.meshes import AxisName
-from optax_smartclip.engine.norms import Norms, safe_sqrt
+from optax_smartclip.engine.norms import LARGEST, Norms, safe_sqrt
 from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
 from optax_smartclip.engine.scaling import has_reached
 from optax_smartclip.engine.stacks import Stacked
@@ -154,9 +154,9 @@ def adagc_rule(
 
 
 def share_of_total(norms: Norms, max_total: Any) -> Norms:
-    """What each norm becomes if all groups together are cut to `max_total`; Inf if they are not."""
+    """What each norm becomes if all groups together are cut to `max_total`, if they are."""
     if max_total is None:
-        return jnp.full_like(norms, jnp.inf)
+        return jnp.full_like(norms, LARGEST)
     # In units of the largest, so that no square overflows or is lost.
     largest = jax.lax.stop_gradient(jnp.max(norms, initial=0.0))
     unit = jnp.where(largest > 0, largest, 1.0)
@@ -164,4 +164,4 @@ def share_of_total(norms: Norms, max_total: Any) -> Norms:
     over = total * unit > as_float32(max_total)
     # In this order nothing is so small that it would be flushed to zero.
     shares = norms / unit / jnp.maximum(total, 1.0)
-    return jnp.where(over, as_float32(max_total) * shares, jnp.inf)
+    return jnp.where(over, as_float32(max_total) * shares, LARGEST)

@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array
 
 from optax_smartclip.engine import checks
-from optax_smartclip.engine.dtypes import as_float32, is_inexact
+from optax_smartclip.engine.dtypes import is_inexact
 from optax_smartclip.engine.groups import (
     SCOPES,
     Groups,
@@ -27,8 +27,8 @@ from optax_smartclip.engine.groups import (
     check_scope,
 )
 from optax_smartclip.engine.meshes import AxisName, vary_as, vary_as_before
-from optax_smartclip.engine.metrics import ClipMetrics, increment_where, next_metrics
-from optax_smartclip.engine.norms import group_norms, has_gradient, norms_in_range
+from optax_smartclip.engine.metrics import ClipMetrics, increment_where, next_metrics, observed
+from optax_smartclip.engine.norms import accumulator, group_norms, norms_in_range
 from optax_smartclip.engine.scaling import limit_threshold, scale_arrays, signed_scale
 from optax_smartclip.engine.stacks import Stacked, check_stacked
 from optax_smartclip.engine.states import (
@@ -91,7 +91,8 @@ def agc(
         max_norm: A ceiling on the norm of every unit (or group) that always holds (norms of units
             under about 5e-10 count as within it).
         nonfinite: `"zero"` or `"propagate"`, for units (or groups) with a NaN or Inf norm; see
-            `clip_by_rule`. The norm of a unit over 1e19, whose square overflows, counts as Inf.
+            `clip_by_rule`. The norm of a unit over 1e19, whose square overflows, counts as Inf
+            (not in float64).
         axis_name: Mapped axes over which the leaves are split; see `clip_by_rule`. With scope
             "unit", only for leaves that are split within their units; where the units themselves
             are distributed, each device has what it needs.
@@ -160,15 +161,19 @@ def agc(
         norms = group_norms(arrays, partition, axis_name=axis_name)
 
         def limit(weight_norm: Array) -> Array:
-            threshold = as_float32(clipping) * jnp.maximum(weight_norm, as_float32(eps))
-            return limit_threshold(threshold, state.num_observed, warmup_steps, max_norm)
+            dtype = weight_norm.dtype
+            least = jnp.asarray(eps).astype(dtype)
+            threshold = jnp.asarray(clipping).astype(dtype) * jnp.maximum(weight_norm, least)
+            return limit_threshold(
+                threshold, state.num_observed, warmup_steps, max_norm, accumulator(arrays)
+            )
 
         limits = jax.tree.map(limit, weight_norms)
         scale = functools.partial(signed_scale, mark_zeros=by_units)
         scales = jax.tree.map(scale, norms, limits)
         clipped = scale_arrays(arrays, partition, scales, nonfinite, mark_zeros=by_units)
         last = report(state.last, norms, limits, scales, nonfinite)
-        live = has_gradient(last.grad_norm).reshape(groups.num_groups)
+        live = observed(last).reshape(groups.num_groups)
         next_state = ClipState(
             rule=state.rule,
             num_observed=increment_where(live, state.num_observed),

@@ -235,7 +235,7 @@ def _rule_of_quartiles(
         is_early = state.num_recorded < _FENCE_MIN_NORMS
         limit = jnp.where(is_early, early_factor * median, fence(*quartiles))
         # States of version 0.1.0 may have zeros recorded, which show no scale to exceed.
-        return jnp.where(limit > 0, limit, jnp.inf)
+        return jnp.where(limit > 0, limit, LARGEST)
 
     def record(state: FenceState, norms: Norms, thresholds: Norms) -> FenceState:
         # Without a threshold, no norm is known: the count is that of another clipper, left by a

@@ -22,8 +22,13 @@ from optax_smartclip.engine.dtypes import as_float32
 from optax_smartclip.engine.groups import LeafMask, assign_groups
 from optax_smartclip.engine.known_norms import known_norm
 from optax_smartclip.engine.meshes import AxisName, vary_as, vary_as_before
-from optax_smartclip.engine.metrics import SkipMetrics, increment_where
-from optax_smartclip.engine.norms import group_norms
+from optax_smartclip.engine.metrics import (
+    SkipMetrics,
+    increment_where,
+    reported,
+    reported_threshold,
+)
+from optax_smartclip.engine.norms import LARGEST, group_norms
 from optax_smartclip.engine.partitions import one_group
 from optax_smartclip.engine.scaling import has_reached
 from optax_smartclip.engine.states import (
@@ -171,9 +176,9 @@ def skip_spikes(
             num_in_a_row=jnp.zeros((), jnp.int32),
             last=SkipMetrics(
                 skip_norm=jnp.zeros((), jnp.float32),
-                skip_norm_threshold=jnp.full((), jnp.inf, jnp.float32),
+                skip_norm_threshold=jnp.full((), LARGEST, jnp.float32),
                 skip_value=jnp.zeros((), jnp.float32),
-                skip_value_threshold=jnp.full((), jnp.inf, jnp.float32),
+                skip_value_threshold=jnp.full((), LARGEST, jnp.float32),
                 skipped=jnp.zeros((), bool),
                 num_skipped=jnp.zeros((), jnp.int32),
             ),
@@ -206,11 +211,11 @@ def skip_spikes(
             extra_args["value"] = value
 
         detector = state.detector
-        given = jnp.stack([norm != 0, jnp.asarray(value is not None)])
-        seen = jnp.stack([norm, loss])
-        finite = given & jnp.isfinite(seen)
+        seen = jnp.stack([reported(norm), reported(loss)])
+        given = jnp.stack([seen[0] != 0, jnp.asarray(value is not None)])
+        finite = given & jnp.stack([jnp.isfinite(norm), jnp.isfinite(loss)])
         warm = has_reached(detector.num_observed, warmup_steps)
-        thresholds = jnp.where(warm, outlier_threshold(history, detector.history, sigma), jnp.inf)
+        thresholds = jnp.where(warm, outlier_threshold(history, detector.history, sigma), LARGEST)
 
         invalid = jnp.any(given & ~finite)
         spike = jnp.any(finite & (seen > thresholds))
@@ -232,10 +237,10 @@ def skip_spikes(
             num_observed=increment_where(finite, detector.num_observed),
             num_in_a_row=jnp.where(judged, in_a_row, detector.num_in_a_row),
             last=SkipMetrics(
-                skip_norm=norm,
-                skip_norm_threshold=thresholds[0],
-                skip_value=loss,
-                skip_value_threshold=thresholds[1],
+                skip_norm=seen[0],
+                skip_norm_threshold=reported_threshold(thresholds[0]),
+                skip_value=seen[1],
+                skip_value_threshold=reported_threshold(thresholds[1]),
                 skipped=skip,
                 num_skipped=increment_where(skip, detector.last.num_skipped),
             ),
@@ -252,11 +257,11 @@ def skip_spikes(
 def outlier_threshold(
     history: NormHistory, state: HistoryState, sigma: Any
 ) -> Float32[Array, " groups"]:
-    """The median plus `sigma` spreads, of values that may be negative; Inf if all are zero."""
+    """The median plus `sigma` spreads, of values that may be negative; none if all are zero."""
     q25, median, q75 = (history.percentile(state, quartile) for quartile in _QUARTILES)
     spread = jnp.maximum((q75 - q25) / _IQR, _MIN_SPREAD * jnp.abs(median))
     # Values that were mostly zero have shown no scale that one could exceed.
-    return jnp.where(spread > 0, median + as_float32(sigma) * spread, jnp.inf)
+    return jnp.where(spread > 0, median + as_float32(sigma) * spread, LARGEST)
 
 
 def _zero_where(skip: Bool[Array, ""], updates: PyTree) -> PyTree:

@@ -25,7 +25,7 @@ from optax_smartclip.engine import checks
 from optax_smartclip.engine.dtypes import as_float32
 from optax_smartclip.engine.groups import LeafMask, Scope
 from optax_smartclip.engine.meshes import AxisName
-from optax_smartclip.engine.norms import Norms
+from optax_smartclip.engine.norms import LARGEST, Norms
 from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
 from optax_smartclip.engine.scaling import has_reached, ratio
 from optax_smartclip.engine.stacks import Stacked
@@ -143,7 +143,7 @@ def zclip_rule(
         else:
             target = state.mean + excess
         limit = jnp.where(outlier, target, state.mean + excess)
-        return jnp.where(is_warm(state), limit, jnp.inf)
+        return jnp.where(is_warm(state), limit, LARGEST)
 
     def record(state: MomentsState, norms: Norms, thresholds: Norms) -> MomentsState:
         num_recorded = optax.safe_increment(count_known(state.mean, state.num_recorded))

@@ -13,7 +13,7 @@ import optax
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.groups import LeafMask, Scope
 from optax_smartclip.engine.meshes import AxisName
-from optax_smartclip.engine.norms import Norms
+from optax_smartclip.engine.norms import LARGEST, Norms
 from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
 from optax_smartclip.engine.stacks import Stacked
 from optax_smartclip.engine.states import select_groups
@@ -106,7 +106,7 @@ def zscore_rule(zmax: Any, decay: Any) -> ThresholdRule:
     def threshold(state: MomentsState, norms: Norms) -> Norms:
         del norms
         limit = above_mean(state, zmax)
-        return jnp.where(count_known(state.mean, state.num_recorded) > 0, limit, jnp.inf)
+        return jnp.where(count_known(state.mean, state.num_recorded) > 0, limit, LARGEST)
 
     def record(state: MomentsState, norms: Norms, thresholds: Norms) -> MomentsState:
         del thresholds

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float
 
 # The size of a float32.
 _EXACT_BYTES = 4
@@ -86,11 +86,12 @@ def check_size(name: str, value: Any, high: int, *, low: int = 1) -> None:
         )
 
 
-def check_scalar(name: str, value: Any) -> Float32[Array, ""]:
-    """The value as a float32 scalar; raises ValueError if it has another shape than ()."""
+def check_scalar(name: str, value: Any) -> Float[Array, ""]:
+    """The value as a scalar in at least float32; raises ValueError if its shape is not ()."""
     if jnp.shape(value) != ():
         raise ValueError(f"`{name}` must be a scalar, got the shape {jnp.shape(value)}.")
-    return jnp.asarray(value).astype(jnp.float32)
+    scalar = jnp.asarray(value)
+    return scalar.astype(jnp.float64 if scalar.dtype == jnp.float64 else jnp.float32)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

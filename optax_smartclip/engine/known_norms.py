@@ -11,7 +11,7 @@ import contextvars
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from jaxtyping import Array, Float32, Inexact
+from jaxtyping import Array, Float, Inexact
 
 from optax_smartclip.engine.meshes import AxisName, axis_names
 from optax_smartclip.engine.partitions import Partition, one_group
@@ -19,7 +19,7 @@ from optax_smartclip.engine.partitions import Partition, one_group
 
 class _KnownNorm(NamedTuple):
     arrays: list[Array]
-    norm: Float32[Array, ""]
+    norm: Float[Array, ""]
     names: tuple[str, ...]
 
 
@@ -28,7 +28,7 @@ _known: contextvars.ContextVar[_KnownNorm | None] = contextvars.ContextVar("know
 
 @contextlib.contextmanager
 def known_norm(
-    arrays: list[Inexact[Array, "..."]], norm: Float32[Array, ""], axis_name: AxisName
+    arrays: list[Inexact[Array, "..."]], norm: Float[Array, ""], axis_name: AxisName
 ) -> Iterator[None]:
     """While it lasts, the norm of all of these very arrays, as one group, is `norm`.
 
@@ -45,7 +45,7 @@ def known_norm(
 
 def find_known_norm(
     arrays: list[Inexact[Array, "..."]], partition: Partition, names: tuple[str, ...]
-) -> Float32[Array, ""] | None:
+) -> Float[Array, ""] | None:
     """The norm of these arrays, summed over these mapped axes, if it is known."""
     known = _known.get()
     if known is None or names != known.names or partition != one_group(len(known.arrays)):

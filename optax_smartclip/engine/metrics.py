@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import export
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from optax_smartclip.engine.norms import Norms
+from optax_smartclip.engine.dtypes import as_float32
+from optax_smartclip.engine.norms import LARGEST, LARGEST_NORM
 from optax_smartclip.engine.trees import path_name, unbox
 
 
@@ -25,11 +26,14 @@ from optax_smartclip.engine.trees import path_name, unbox
 class ClipMetrics(NamedTuple):
     """The record of a clipper's last step. No clipper's decisions depend on it.
 
-    Every field has the shape `[groups]`, or `[]` if there is one group.
+    Every field has the shape `[groups]`, or `[]` if there is one group. Every number is finite:
+    the largest float32, 3.4e38, stands for a norm that is NaN or Inf, and for a threshold if there
+    is none.
 
     Attributes:
-        grad_norm: float32, the norm before clipping; may be NaN or Inf.
-        clip_threshold: float32, the largest norm allowed; Inf while nothing is (in warm-up).
+        grad_norm: float32, the norm before clipping; 3.4e38 if it is NaN or Inf.
+        clip_threshold: float32, the largest norm allowed; 3.4e38 if there is none (in
+            warm-up).
         clip_scale: float32, what the gradient was multiplied by, in [0, 1].
         clipped: bool, whether the norm was over the threshold. For the units of `agc`, float32:
             the share of them that were.
@@ -50,11 +54,13 @@ class ClipMetrics(NamedTuple):
 class SkipMetrics(NamedTuple):
     """The record of `skip_spikes`. Every field is a scalar; no decision depends on it.
 
+    Every number is finite, as in `ClipMetrics`.
+
     Attributes:
-        skip_norm: float32, the norm of the gradient as it arrived.
-        skip_norm_threshold: float32, the largest that is not dropped; Inf in warm-up.
-        skip_value: float32, the loss that was given; 0 if none was.
-        skip_value_threshold: float32, the largest that is not dropped; Inf in warm-up.
+        skip_norm: float32, the norm of the gradient as it arrived; 3.4e38 if it is NaN or Inf.
+        skip_norm_threshold: float32, the largest that is not dropped; 3.4e38 in warm-up.
+        skip_value: float32, the loss that was given, 0 if none was; 3.4e38 if it is NaN or Inf.
+        skip_value_threshold: float32, the largest that is not dropped; 3.4e38 in warm-up.
         skipped: bool, whether the last step was dropped.
         num_skipped: int32, how many were. Counts stop at 2 ** 31 - 1.
     """
@@ -78,7 +84,7 @@ for _record in RECORDS:
 
 
 def init_metrics(num_groups: int) -> ClipMetrics:
-    """The metrics before the first step: zero norms, infinite thresholds, no steps."""
+    """The metrics before the first step: zero norms, no thresholds, no steps."""
     shape = () if num_groups == 1 else (num_groups,)
 
     # A new array for each field: one array in two fields could not be donated.
@@ -87,7 +93,7 @@ def init_metrics(num_groups: int) -> ClipMetrics:
 
     return ClipMetrics(
         grad_norm=jnp.zeros(shape, jnp.float32),
-        clip_threshold=jnp.full(shape, jnp.inf, jnp.float32),
+        clip_threshold=jnp.full(shape, LARGEST, jnp.float32),
         clip_scale=jnp.ones(shape, jnp.float32),
         clipped=jnp.zeros(shape, bool),
         num_steps=count(),
@@ -96,8 +102,11 @@ def init_metrics(num_groups: int) -> ClipMetrics:
     )
 
 
+Values = Float[Array, " groups"]
+
+
 def next_metrics(
-    previous: ClipMetrics, norms: Norms, thresholds: Norms, scales: Norms, nonfinite: str
+    previous: ClipMetrics, norms: Values, thresholds: Values, scales: Values, nonfinite: str
 ) -> ClipMetrics:
     """The metrics of a step with these norms, thresholds and signed scales."""
     shape = previous.grad_norm.shape
@@ -106,14 +115,30 @@ def next_metrics(
     clipped = finite & (norms > thresholds)
     dropped = 0.0 if nonfinite == "zero" else 1.0
     return ClipMetrics(
-        grad_norm=norms,
-        clip_threshold=thresholds,
-        clip_scale=jnp.where(finite, scales, dropped),
+        grad_norm=reported(norms),
+        clip_threshold=reported_threshold(thresholds),
+        clip_scale=as_float32(jnp.where(finite, scales, dropped)),
         clipped=clipped,
         num_steps=optax.safe_increment(previous.num_steps),
         num_clipped=increment_where(clipped, previous.num_clipped),
         num_nonfinite=increment_where(~finite, previous.num_nonfinite),
     )
+
+
+def reported(values: Float[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """Norms or losses as a record holds them: float32, and finite."""
+    in_range = jnp.clip(values, -LARGEST_NORM, LARGEST_NORM)
+    return as_float32(jnp.where(jnp.isfinite(values), in_range, LARGEST))
+
+
+def reported_threshold(thresholds: Float[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """Thresholds as a record holds them: float32, and finite."""
+    return as_float32(jnp.minimum(thresholds, LARGEST))
+
+
+def observed(record: ClipMetrics) -> Bool[Array, " *groups"]:
+    """Which groups had a norm that was positive and finite."""
+    return (record.grad_norm > 0) & (record.grad_norm < LARGEST)
 
 
 def increment_where(

@@ -31,14 +31,25 @@ from optax_smartclip.engine.partitions import GroupValues, Partition, Terms
 Norms = Float32[Array, " groups"]
 Mask = Bool[Array, " groups"]
 
-# Sentinel for an empty history: finite, because Inf - Inf is NaN.
+# Stands for what no float32 can: an empty history, an infinite threshold, a norm that is NaN or
+# Inf. Finite, because Inf - Inf is NaN, and because states are searched for Inf and NaN by those
+# who look for a fault.
 LARGEST = float(jnp.finfo(jnp.float32).max)
+# The largest norm in a record.
+LARGEST_NORM = float(np.nextafter(np.float32(LARGEST), np.float32(0)))
+
+# Between these, what a history holds of a norm in float64 is that norm. A few times the larger one
+# is still a float32, so that means and spreads are finite.
+LEARNABLE = float(jnp.finfo(jnp.float32).tiny), 2.0**126
 
 
 def group_norms(
     arrays: list[Inexact[Array, "..."]], partition: Partition, *, axis_name: AxisName = None
 ) -> GroupValues:
-    """The Euclidean norm of each group, as float32 group values.
+    """The Euclidean norm of each group: in float32, or in float64 if an array is float64.
+
+    A norm in float64 is rounded to what a float32 can hold, if it can, because it is compared with
+    thresholds that were learnt in float32: a constant norm is never over itself.
 
     Args:
         arrays: Floating-point or complex arrays of any dtype and shape.
@@ -48,10 +59,11 @@ def group_norms(
 
     Returns:
         Norms; NaN or Inf where a group has a NaN or Inf, or where the true norm is beyond
-        float32. Elements below the smallest normal number may count as zero. A partition without
-        scaled sums has those of `norms_in_range`.
+        their type. Elements below the smallest normal number may count as zero. In float32, a
+        partition without scaled sums has those of `norms_in_range`.
     """
-    if not arrays or not partition.has_scaled_sums:
+    is_double = accumulator(arrays) == jnp.float64
+    if not arrays or not (partition.has_scaled_sums or is_double):
         return norms_in_range(arrays, partition, axis_name=axis_name)
     names = axis_names(axis_name)
     norm = find_known_norm(arrays, partition, names)
@@ -68,7 +80,7 @@ def norms_in_range(
     Smaller ones may be too small, zero at the least, and larger ones are infinite.
     """
     (norms,) = _reader(arrays, partition, axis_names(axis_name))([None])
-    return jax.tree.map(as_float32, norms)
+    return norms
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -78,12 +90,13 @@ def _group_norms(
     def norms(
         in_range: Callable[[Reader, Any], GroupValues], arrays: list[Inexact[Array, "..."]]
     ) -> GroupValues:
-        read = _reader(arrays, partition, names)
-        return jax.tree.map(as_float32, in_range(read, _accumulator(arrays)))
+        found = in_range(_reader(arrays, partition, names), accumulator(arrays))
+        return jax.tree.map(_rounded, found)
 
+    on_cpu = _read_again if partition.has_scaled_sums else _read_at_three_scales
     return jax.lax.platform_dependent(
         arrays,
-        cpu=functools.partial(norms, _read_again),
+        cpu=functools.partial(norms, on_cpu),
         default=functools.partial(norms, _read_at_three_scales),
     )
 
@@ -95,7 +108,7 @@ Reader = Callable[[Sequence[Array | None]], list[GroupValues]]
 def _reader(
     arrays: list[Inexact[Array, "..."]], partition: Partition, names: tuple[str, ...]
 ) -> Reader:
-    dtype = _accumulator(arrays)
+    dtype = accumulator(arrays)
 
     def read(factors: Sequence[Array | None]) -> list[GroupValues]:
         terms = [tuple(_squares(array, dtype, by) for by in factors) for array in arrays]
@@ -202,7 +215,7 @@ def _group_norms_jvp(
     tangents: tuple[list[Array]],
 ) -> tuple[GroupValues, GroupValues]:
     (arrays,), (changes,) = primals, tangents
-    dtype = _accumulator(arrays)
+    dtype = accumulator(arrays)
     norms = _group_norms(partition, names, arrays)
 
     def product(array: Array, norm: Array, change: Array) -> Array:
@@ -219,14 +232,14 @@ def _group_norms_jvp(
     ]
     terms: list[Terms] = [(each,) for each in products]
     (changes,) = _total_over_devices(arrays, terms, partition, names)
-    return norms, jax.tree.map(as_float32, changes)
+    return norms, changes
 
 
 # Or eager steps would trace it every time.
 _compiled_group_norms = jax.jit(_group_norms, static_argnums=(0, 1))
 
 
-def has_gradient(norms: Float32[Array, " *groups"]) -> Bool[Array, " *groups"]:
+def has_gradient(norms: Float[Array, " *groups"]) -> Bool[Array, " *groups"]:
     """Which groups have a norm that something can be learnt from.
 
     A zero says nothing about a scale: experts without tokens, frozen layers and heads that are
@@ -235,7 +248,19 @@ def has_gradient(norms: Float32[Array, " *groups"]) -> Bool[Array, " *groups"]:
     return jnp.isfinite(norms) & (norms > 0)
 
 
-def _accumulator(arrays: list[Array]) -> Any:
+def _rounded(norms: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    if norms.dtype == jnp.float32:
+        return norms
+    rounded = as_float32(norms).astype(norms.dtype)
+    return jnp.where(jnp.clip(norms, *LEARNABLE) == norms, rounded, norms)
+
+
+def learnable(norms: Float[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """Positive, finite values as a history holds them: float32, whatever their size."""
+    return norms if norms.dtype == jnp.float32 else as_float32(jnp.clip(norms, *LEARNABLE))
+
+
+def accumulator(arrays: list[Array]) -> Any:
     """The dtype in which squares are summed."""
     is_double = any(jnp.finfo(array.dtype).bits == 64 for array in arrays)
     return jnp.float64 if is_double else jnp.float32

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from optax_smartclip.engine.meshes import replicate
 
@@ -237,8 +237,8 @@ def take_apart(
 
 
 def _take_apart_on_cpu(
-    values: Float32[Array, " n"], runs: tuple[tuple[int, int], ...]
-) -> tuple[Float32[Array, "..."], ...]:
+    values: Float[Array, " n"], runs: tuple[tuple[int, int], ...]
+) -> tuple[Float[Array, "..."], ...]:
     """Slices that XLA's CPU compiler does not fuse.
 
     It fuses a slice, and everything that produces it, into each loop that uses it: no two leaves
@@ -250,7 +250,7 @@ def _take_apart_on_cpu(
     # Places that are data, chosen by a zero that the compiler does not know, make one program for
     # all slices of a size: n * (n + 1) is even, whatever the bits of the first value are.
     def pick(values: Array, start: int, size: int) -> Array:
-        bits = jax.lax.bitcast_convert_type(values[0], jnp.int32)
+        bits = jax.lax.bitcast_convert_type(values[0].astype(jnp.float32), jnp.int32)
         zero = (bits * (bits + 1)) & 1
         place = jnp.asarray(np.array([start, 0], np.int32))[zero]
         if size == 1:

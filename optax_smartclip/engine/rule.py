@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.groups import Groups, LeafMask, Scope, assign_groups, check_scope
 from optax_smartclip.engine.meshes import AxisName, vary_as, vary_as_before
 from optax_smartclip.engine.metrics import increment_where, next_metrics
-from optax_smartclip.engine.norms import Norms, group_norms, has_gradient
+from optax_smartclip.engine.norms import Norms, group_norms, has_gradient, learnable
 from optax_smartclip.engine.scaling import limit_threshold, scale_arrays, signed_scale
 from optax_smartclip.engine.stacks import Stacked, check_stacked
 from optax_smartclip.engine.states import (
@@ -179,14 +180,16 @@ def clip_by_rule(
             norms = _given_norm(grad_norm, scope)
 
         live = has_gradient(norms)
-        shown = jnp.where(live, norms, 0.0)
+        shown = jnp.where(live, learnable(norms), 0.0)
         thresholds = rule.threshold(state.rule, shown)
         if jnp.shape(thresholds) != norms.shape:
             raise ValueError(
                 "`rule.threshold` must return one threshold for each of the "
                 f"{groups.num_groups} groups, got the shape {jnp.shape(thresholds)}."
             )
-        limits = limit_threshold(thresholds, state.num_observed, warmup_steps, max_norm)
+        limits = limit_threshold(
+            thresholds, state.num_observed, warmup_steps, max_norm, norms.dtype
+        )
         scales = signed_scale(norms, limits)
         clipped = scale_arrays(arrays, partition, scales, nonfinite)
         recorded = rule.record(state.rule, shown, thresholds)
@@ -201,7 +204,7 @@ def clip_by_rule(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _given_norm(grad_norm: Any, scope: Scope) -> Norms:
+def _given_norm(grad_norm: Any, scope: Scope) -> Float[Array, "1"]:
     if not (isinstance(scope, str) and scope == "global"):
         raise ValueError(
             f"`grad_norm` is the norm of the whole gradient and needs scope='global', got {scope=}."

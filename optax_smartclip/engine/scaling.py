@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Inexact, Int32
+from jaxtyping import Array, Bool, Float, Inexact, Int32
 
 from optax_smartclip.engine.dtypes import as_float32, working_dtype
+from optax_smartclip.engine.norms import LEARNABLE
 from optax_smartclip.engine.partitions import GroupValues, Partition
 
 # In place of a scale, where the norm is not finite.
@@ -36,16 +37,25 @@ def scale_arrays(
 
 
 def limit_threshold(
-    threshold: Float32[Array, "..."], num_observed: Array, warmup_steps: Any, max_norm: Any
-) -> Float32[Array, "..."]:
-    """Applies warm-up and `max_norm` to a rule's threshold.
+    threshold: Float[Array, "*shape"],
+    num_observed: Array,
+    warmup_steps: Any,
+    max_norm: Any,
+    dtype: Any = jnp.float32,
+) -> Float[Array, "*shape"]:
+    """Applies warm-up and `max_norm` to a rule's threshold; in `dtype`, that of the norms.
 
-    In warm-up it is infinite; the ceiling `max_norm` holds always. A rule that returns NaN clips
-    nothing, and one that returns a negative number clips to zero: neither may turn a gradient
-    into NaN or against its direction.
+    In warm-up it is the largest number of that type, which no finite norm exceeds; the ceiling
+    `max_norm` holds always. A rule that returns NaN clips nothing, and one that returns a negative
+    number clips to zero: neither may turn a gradient into NaN or against its direction.
     """
-    ceiling = jnp.inf if max_norm is None else as_float32(max_norm)
-    learnt = jnp.where(has_reached(num_observed, warmup_steps), threshold, jnp.inf)
+    unlimited = jnp.asarray(jnp.finfo(dtype).max, dtype)
+    ceiling = unlimited if max_norm is None else jnp.asarray(max_norm).astype(dtype)
+    if threshold.dtype != dtype:
+        # One that is as large as a norm in a history can be may be that of norms that are larger.
+        is_known = threshold < LEARNABLE[1]
+        threshold = jnp.where(is_known, threshold.astype(dtype), unlimited)
+    learnt = jnp.where(has_reached(num_observed, warmup_steps), threshold, unlimited)
     return jnp.maximum(jnp.fmin(learnt, ceiling), 0.0)
 
 
@@ -55,8 +65,8 @@ def has_reached(count: Int32[Array, "*shape"], steps: Any) -> Bool[Array, "*shap
 
 
 def signed_scale(
-    norm: Float32[Array, "*shape"], limit: Float32[Array, "*shape"], *, mark_zeros: bool = False
-) -> Float32[Array, "*shape"]:
+    norm: Float[Array, "*shape"], limit: Float[Array, "*shape"], *, mark_zeros: bool = False
+) -> Float[Array, "*shape"]:
     """`min(1, limit / norm)`, or a negative number where the norm is not finite.
 
     Exactly 1 where `norm <= limit`, both zero included; with `mark_zeros`, 2 where the norm is
@@ -71,7 +81,7 @@ def signed_scale(
 
 
 @jax.custom_jvp
-def ratio(x: Float32[Array, "*shape"], y: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+def ratio(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`x / y`, with a derivative that neither overflows nor is lost for very small or large `y`."""
     return x / y
 
@@ -86,7 +96,7 @@ def _ratio_jvp(primals: Any, tangents: Any) -> Any:
 
 def scale_array(
     array: Inexact[Array, "*shape"],
-    scale: Float32[Array, "..."],
+    scale: Float[Array, "..."],
     nonfinite: str,
     *,
     mark_zeros: bool = False,

@@ -42,8 +42,8 @@ class MetricsRecord(TypedDict, total=False):
         algo: `"autoclip"`, `"zscore"` or `"agc"`.
         key: The group: `("global",)`, `("layer", path)` or `("param", path)`.
         scope: `"global"`, `"per_layer"` or `"per_param"`.
-        grad_norm: The norm before clipping; NaN or Inf if that is what it was.
-        threshold: What the history allows, also while warming up; Inf if it knows nothing yet.
+        grad_norm: The norm before clipping; the largest float32, 3.4e38, if it is NaN or Inf.
+        threshold: What the history allows, also while warming up; 3.4e38 if it knows nothing yet.
             (Not of AGC.)
         weight_norm: The norm of the weights. (Of AGC only.)
         target: What the weights allow, also while warming up. (Of AGC only.)

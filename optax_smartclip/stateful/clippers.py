@@ -17,6 +17,7 @@ from optax_smartclip.clippers.autoclip import lower_fence_rule, percentile_rule,
 from optax_smartclip.clippers.zscore_clip import zscore_rule
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.dtypes import as_float32
+from optax_smartclip.engine.metrics import reported_threshold
 from optax_smartclip.engine.norms import LARGEST, Norms, group_norms
 from optax_smartclip.engine.rule import RuleState, ThresholdRule, clip_by_rule
 from optax_smartclip.engine.stacks import Stacked
@@ -52,15 +53,13 @@ class HistoryClipper(StatefulClipper):
         self, state: ClipState, norms: Norms, grads: PyTree, params: PyTree
     ) -> dict[str, Array]:
         del grads, params
-        finite = jnp.isfinite(norms)
+        finite = norms < LARGEST
         limits = self._threshold(state.rule, jnp.where(finite, norms, 0.0))
         # What is no norm judges nothing, and the rule must not take the zero for one.
         return {"threshold": self._readable(jnp.where(finite, limits, self._learnt(state.rule)))}
 
     def _readable(self, thresholds: Norms) -> Norms:
-        # Histories that know nothing say so with the largest number.
-        known = thresholds < LARGEST
-        return jnp.where(known, jnp.maximum(thresholds, self.eps), jnp.inf)
+        return reported_threshold(jnp.maximum(thresholds, self.eps))
 
     def threshold(self, key: Key | None = None) -> Any:
         """What has been learnt about a group: the threshold, were warm-up over.

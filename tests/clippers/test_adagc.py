@@ -36,8 +36,15 @@ def tree_clipper(**arguments):
         clipped = [jnp.sum(updates[name] * direction) for name, direction in DIRECTIONS.items()]
         return state, (jnp.stack(clipped), jnp.atleast_1d(state.last.clip_threshold))
 
-    run = jax.jit(lambda norms: jax.lax.scan(step, tx.init(DIRECTIONS), norms)[1])
-    return lambda norms: [np.asarray(array) for array in run(jnp.asarray(norms, jnp.float32))]
+    @jax.jit
+    def run(norms):
+        return jax.lax.scan(step, tx.init(DIRECTIONS), norms)[1]
+
+    def clip(norms):
+        clipped, thresholds = map(np.asarray, run(jnp.asarray(norms, jnp.float32)))
+        return clipped, reference.unreported(thresholds)
+
+    return clip
 
 
 def tree_stream():

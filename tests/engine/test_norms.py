@@ -63,13 +63,20 @@ def test_groups_of_any_dtype_have_the_norms_of_float64_numpy(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
-def test_doubles_are_summed_in_double_and_reported_in_single_precision(dtype):
+def test_doubles_are_summed_in_double_and_rounded_to_single_precision(dtype):
     # One square is 1e8, and float32 would lose each of the others next to it.
     values = np.r_[1e4, np.ones(4096)]
     with enable_x64(True):
         (norm,) = norms_by_leaf([jnp.asarray(part).astype(dtype) for part in np.split(values, 17)])
-    assert norm.dtype == jnp.float32
+    assert norm.dtype == jnp.float64
     assert float(norm) == np.float32(np.sqrt(1e8 + 4096))
+
+
+@pytest.mark.parametrize("size", [1e39, 1e200, 1e-50, 1e-200])
+def test_doubles_have_norms_that_no_single_precision_can_hold(size):
+    with enable_x64(True):
+        (norm,) = norms_by_leaf([jnp.asarray(size * np.ones(4)), jnp.ones(0, jnp.float32)])
+        np.testing.assert_allclose(norm, 2 * size, rtol=1e-15)
 
 
 def test_leaves_of_several_dtypes_share_a_norm():
