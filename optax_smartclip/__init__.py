@@ -8,6 +8,7 @@ from optax_smartclip.clippers.adagc import adagc
 from optax_smartclip.clippers.agc import agc
 from optax_smartclip.clippers.autoclip import autoclip
 from optax_smartclip.clippers.skip_spikes import SkipState, skip_spikes
+from optax_smartclip.clippers.where_skipped import where_skipped
 from optax_smartclip.clippers.zclip import zclip
 from optax_smartclip.clippers.zscore_clip import zscore_clip
 from optax_smartclip.engine.graft import graft
@@ -48,6 +49,7 @@ __all__ = [
     "metrics",
     "ring_buffer",
     "skip_spikes",
+    "where_skipped",
     "zclip",
     "zscore_clip",
 ]
