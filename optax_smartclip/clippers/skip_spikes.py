@@ -105,6 +105,9 @@ def skip_spikes(
     Note that batches which always stand out, and are fewer than a quarter of all, are always
     dropped, be they spikes or the only ones of their kind.
 
+    What the training step computes outside of the optimizer, such as batch statistics and step
+    counters, moves on in a dropped step: `smartclip.where_skipped` undoes this.
+
     Wrap the whole chain, clippers included. Inside `optax.MultiSteps` the accumulated gradient is
     judged; give that `should_skip_update_fn=optax.skip_not_finite`, because it never gets a NaN
     out of its sum again. Around `MultiSteps` each small batch is judged, and one that is dropped is

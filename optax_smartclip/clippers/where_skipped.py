@@ -30,7 +30,9 @@ def where_skipped(opt_state: Any, old: PyTree, new: PyTree) -> PyTree:
     step was dropped, this function returns `old` in every call until the next real step, and the
     earlier small batches of the dropped step are not undone. A small batch that `MultiSteps` itself
     leaves out, by `should_skip_update_fn`, is not in the record. Put `skip_spikes` around
-    `MultiSteps` instead: then each small batch is judged, and undone if it is dropped.
+    `MultiSteps` instead: then each small batch is judged, and undone if it is dropped. The same
+    holds for other wrappers that leave its state as it was in some steps, such as
+    `optax.apply_if_finite`.
 
     Args:
         opt_state: The optimizer state that `update` returned in this step, with `skip_spikes`
