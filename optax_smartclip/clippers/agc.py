@@ -35,7 +35,6 @@ from optax_smartclip.engine.states import (
     ClipState,
     check_fits,
     init_state,
-    register_with_flax,
 )
 from optax_smartclip.engine.trees import PyTree, clippable_leaves, flatten, replace_leaves
 from optax_smartclip.engine.units import (
@@ -136,7 +135,6 @@ def agc(
         return assign_groups(scope, params, stacked=stacked, mask=mask)
 
     def init_fn(params: PyTree) -> ClipState:
-        register_with_flax()
         state = init_state(optax.EmptyState(), groups_of(params).num_groups)
         if by_units:
             share = jnp.zeros((), jnp.float32)

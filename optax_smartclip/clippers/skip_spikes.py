@@ -33,7 +33,6 @@ from optax_smartclip.engine.partitions import one_group
 from optax_smartclip.engine.scaling import has_reached
 from optax_smartclip.engine.states import (
     check_is_state,
-    register_with_flax,
     select_groups,
     state,
 )
@@ -171,7 +170,6 @@ def skip_spikes(
     history = ring_buffer(window)
 
     def init_fn(params: PyTree) -> SkipState:
-        register_with_flax()
         assign_groups("global", params, mask=mask)  # a wrong mask is found before the first step
         detector = SpikeDetectorState(
             history=history.init(2),

@@ -26,7 +26,6 @@ from optax_smartclip.engine.states import (
     check_fits,
     init_state,
     leaf_names,
-    register_with_flax,
     select_groups,
 )
 from optax_smartclip.engine.trees import PyTree, clippable_leaves, replace_leaves
@@ -146,7 +145,6 @@ def clip_by_rule(
         return leaf_names(jax.eval_shape(lambda: rule.init(1)))
 
     def init_fn(params: PyTree) -> ClipState:
-        register_with_flax()
         num_groups = groups_of(params).num_groups
         rule_state = rule.init(num_groups)
         for leaf in jax.tree.leaves(rule_state):

@@ -11,8 +11,7 @@ declared with `@state`:
 import contextlib
 import dataclasses
 import json
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, dataclass_transform
 
 import chex
@@ -21,13 +20,12 @@ import jax.numpy as jnp
 from jax import export
 from jaxtyping import Array, Int32
 
+from optax_smartclip.engine.flax_states import serialize_with_flax
 from optax_smartclip.engine.metrics import ClipMetrics, init_metrics
 from optax_smartclip.engine.norms import Mask
 from optax_smartclip.engine.trees import leaves_by_name
 
 T = TypeVar("T")
-
-_declared: list[type] = []
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -41,8 +39,9 @@ def state(cls: type[T]) -> type[T]:
     Returns:
         The dataclass, a JAX pytree. Its instances are made with keyword arguments only.
     """
+    cls.__iter__ = _values  # type: ignore[attr-defined]
     declared: type[T] = chex.dataclass(cls, frozen=True, kw_only=True, mappable_dataclass=False)
-    _declared.append(declared)
+    serialize_with_flax(declared)
     # A name can be registered once: in a module that is loaded anew, the first class keeps it.
     with contextlib.suppress(ValueError):
         export.register_pytree_node_serialization(
@@ -52,6 +51,11 @@ def state(cls: type[T]) -> type[T]:
             deserialize_auxdata=lambda names: tuple(json.loads(names)),
         )
     return declared
+
+
+def _values(self: Any) -> Iterator[Any]:
+    # `optax.OptState` is an array or an iterable, and some programs check their annotations.
+    return (getattr(self, field.name) for field in dataclasses.fields(self))
 
 
 @state
@@ -134,49 +138,3 @@ def select_groups(mask: Mask, new: T, old: T) -> T:
 
     selected: T = jax.tree.map(select, new, old)
     return selected
-
-
-def register_with_flax() -> None:
-    """Makes `flax.serialization` know the declared states, if the program has loaded it.
-
-    Called from `init`, which every save and restore must have gone through to have a state, so
-    that Flax itself need be neither installed nor imported.
-    """
-    serialization = sys.modules.get("flax.serialization")
-    while serialization is not None and _declared:
-        cls = _declared.pop()
-        names = [field.name for field in dataclasses.fields(cls)]
-
-        def to_state_dict(node: Any, names: list[str] = names) -> dict[str, Any]:
-            return {name: serialization.to_state_dict(getattr(node, name)) for name in names}
-
-        # Restored leaves are NumPy arrays; as JAX itself does when it unflattens, the object is
-        # built around them without a call of __init__, which may check types.
-        def from_state_dict(node: Any, saved: dict[str, Any], names: list[str] = names) -> Any:
-            if set(saved) != set(names):
-                raise ValueError(
-                    f"A saved {type(node).__name__} must have the fields {sorted(names)}, "
-                    f"got {sorted(saved)}."
-                )
-            restored = object.__new__(type(node))
-            for name in names:
-                current = getattr(node, name)
-                value = serialization.from_state_dict(current, saved[name], name=name)
-                # Flax would take an array of any length.
-                if hasattr(current, "shape") and jnp.shape(value) != current.shape:
-                    raise ValueError(
-                        f"A saved {type(node).__name__} must have {name!r} of shape "
-                        f"{current.shape}, as the clipper of this run has, got {jnp.shape(value)}."
-                    )
-                if name == "last":
-                    value = jax.tree.map(_as_today, current, value)
-                object.__setattr__(restored, name, value)
-            return restored
-
-        serialization.register_serialization_state(cls, to_state_dict, from_state_dict)
-
-
-def _as_today(current: Any, saved: Any) -> Any:
-    # Version 0.1.0 reported of the units of `agc` whether any was clipped, and not how many.
-    is_array = hasattr(current, "dtype") and hasattr(saved, "dtype")
-    return saved.astype(current.dtype) if is_array and saved.dtype == bool else saved

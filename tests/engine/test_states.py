@@ -3,15 +3,19 @@
 import dataclasses
 import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+import beartype.door
 import flax.serialization
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from clipper_table import CLIPPERS
+from jax.sharding import PartitionSpec as P
 from trees import assert_same_bits
 
 import optax_smartclip as smartclip
@@ -107,6 +111,25 @@ def test_a_state_saved_by_another_clipper_is_refused():
         flax.serialization.from_bytes(smartclip.zscore_clip().init(PARAMS), saved)
 
 
+@pytest.mark.parametrize("name", CLIPPERS)
+@pytest.mark.parametrize("stand_in", [P("x"), P(), None], ids=str)
+def test_what_stands_for_arrays_in_a_state_dict_is_restored_as_it_is(name, stand_in):
+    # T5X puts the axes of arrays, or None, in their place, and leaves out what is empty.
+    tx = smartclip.skip_spikes(optax.chain(CLIPPERS[name](), optax.sgd(0.1, momentum=0.9)))
+    current = tx.init(PARAMS)
+    flat = flax.traverse_util.flatten_dict(
+        flax.serialization.to_state_dict(current), keep_empty_nodes=True
+    )
+    kept = {path: leaf for path, leaf in flat.items() if isinstance(leaf, jax.Array)}
+    empty = {path: leaf for path, leaf in flat.items() if path not in kept}
+    saved = flax.traverse_util.unflatten_dict(dict.fromkeys(kept, stand_in) | empty)
+    restored = flax.serialization.from_state_dict(current, saved)
+    assert restored == jax.tree.map(lambda _: stand_in, current)
+    # And arrays into a tree of such.
+    arrays = flax.serialization.to_state_dict(current)
+    assert_same_bits(flax.serialization.from_state_dict(restored, arrays), current)
+
+
 @state
 class Counter:
     """A rule's state as a user would write it."""
@@ -149,6 +172,18 @@ def test_states_are_made_by_keyword_and_are_trees_of_named_leaves():
     assert (jax.tree_util.keystr(path), leaf) == (".seen", 7)
     # Or whatever looks into mappings would look into states.
     assert not isinstance(Counter(seen=7), Mapping)
+
+
+def test_states_are_iterables_of_their_values_as_those_of_optax_are():
+    # What `optax.OptState` is, without its reference to itself, which most checkers cannot follow.
+    opt_state = jax.Array | np.ndarray | Iterable[Any] | Mapping[Any, Any]
+    assert list(Counter(seen=7)) == [7]
+    for instance in (smartclip.agc().init(PARAMS), smartclip.skip_spikes(optax.sgd(0.1)).init({})):
+        assert beartype.door.is_bearable(instance, opt_state)
+        names = [field.name for field in dataclasses.fields(instance)]
+        assert dict(zip(names, instance, strict=True)) == {
+            name: getattr(instance, name) for name in names
+        }
 
 
 def test_before_the_first_step_no_norm_has_been_observed():

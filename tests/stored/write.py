@@ -13,7 +13,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-# Before any `init`, which tells Flax of the states.
 import flax.serialization
 import jax
 import jax.numpy as jnp
