@@ -95,7 +95,8 @@ def every(*masks: MaskFn) -> MaskFn:
     """
 
     def mask(params: PyTree) -> PyTree:
-        return jax.tree.map(lambda *values: all(values), *(mask(params) for mask in masks))
+        bare = unbox(params)
+        return jax.tree.map(lambda *values: all(values), *(unbox(mask(bare)) for mask in masks))
 
     return mask
 

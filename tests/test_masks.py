@@ -1,5 +1,7 @@
 """The ready-made masks, also in the hands of Optax."""
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -22,6 +24,18 @@ def test_except_vectors_ignores_axes_of_size_one():
 def test_every_needs_all_masks_to_agree():
     mask = masks.every(masks.except_vectors, masks.except_paths("head"))(PARAMS)
     assert mask == {"head": {"kernel": False, "bias": False}, "norm": {"scale": False}}
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_every_needs_all_masks_to_agree_on_parameters_in_boxes(reverse):
+    params = jax.tree.map(lambda leaf: nn.Partitioned(leaf, ("axis",) * leaf.ndim), PARAMS)
+
+    def nothing(params):
+        return jax.tree.map(lambda _: False, params)
+
+    both = [masks.except_vectors, nothing]
+    mask = masks.every(*(both[::-1] if reverse else both))(params)
+    assert mask == nothing(PARAMS)
 
 
 def test_masks_serve_optax():

@@ -151,7 +151,7 @@ def assign_groups(
 def covered_paths(mask: LeafMask, tree: PyTree, stacks: dict[KeyPath, Stack]) -> set[KeyPath]:
     """The key paths of the leaves that a mask lets take part.
 
-    A mask that is a function is given the shape of one slice of each stacked leaf.
+    A mask that is a function is given the shape of one slice of each stacked leaf, and no boxes.
 
     Raises:
         ValueError: If the mask has nothing for a leaf.
@@ -159,8 +159,7 @@ def covered_paths(mask: LeafMask, tree: PyTree, stacks: dict[KeyPath, Stack]) ->
     if mask is None:
         return set(stacks)
     if callable(mask):
-        is_stacked = any(stack.axes for stack in stacks.values())
-        mask = mask(slice_shapes(tree, stacks) if is_stacked else tree)
+        mask = mask(slice_shapes(tree, stacks))
     covers = broadcast_prefix("mask", flatten(mask), stacks)
     return {path for path, flag in covers.items() if flag}
 

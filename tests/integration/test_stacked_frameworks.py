@@ -1,6 +1,11 @@
 """Layers that a framework stacks for a scan train as the same layers one after the other."""
 
+import dataclasses
+import itertools
+import sys
+import types
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import flax.linen as nn
@@ -13,7 +18,7 @@ import pytest
 from breadth import each_value, long_but
 from compat import lenient
 from flax import nnx
-from trees import assert_close, assert_same_bits
+from trees import assert_close, assert_same_bits, random_tree
 
 import optax_smartclip as smartclip
 from optax_smartclip import masks
@@ -222,3 +227,100 @@ def test_boxed_parameters_are_clipped_as_bare_ones(name, masked):
     assert jax.tree.structure(in_boxes) == jax.tree.structure(BOXED)
     kernels_are_clipped = np.any(expected["first"]["kernel"] != bare["first"]["kernel"])
     assert kernels_are_clipped != masked
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass
+class NamedArray:
+    """What Haliax has for one: an array with names of its axes, which knows no key paths."""
+
+    array: Any
+    axes: tuple[str, ...]
+
+    def tree_flatten(self):
+        return (self.array,), self.axes
+
+    @classmethod
+    def tree_unflatten(cls, axes, children):
+        return cls(*children, axes)
+
+
+BOXES = {
+    "nn.with_logical_partitioning": nn.LogicallyPartitioned,
+    "haliax": NamedArray,
+}
+BARE = random_tree(0, 1.0, {name: {"bias": (4,), "kernel": (3, 4)} for name in ("first", "second")})
+
+
+def in_boxes(tree, box):
+    """The tree with its kernels in boxes."""
+    return {
+        name: layer | {"kernel": box(layer["kernel"], ("i", "o"))} for name, layer in tree.items()
+    }
+
+
+def is_kernel(path):
+    return jax.tree_util.keystr(path).endswith("['kernel']")
+
+
+def kernels(params):
+    """A mask as somebody may write it, which knows nothing of boxes."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: is_kernel(path), params)
+
+
+def by_leaf(*numbers):
+    """The number of the group of each element, for the leaves in their order; -1 is in none."""
+    return jax.tree.unflatten(
+        jax.tree.structure(BARE),
+        [
+            np.full(leaf.shape, number)
+            for leaf, number in zip(jax.tree.leaves(BARE), numbers, strict=True)
+        ],
+    )
+
+
+ROWS = by_leaf(0, 1, 4, 5)
+ROWS["first"]["kernel"] += np.arange(3)[:, None]
+
+FIXED = smartclip.ThresholdRule(
+    init=jnp.zeros,
+    threshold=lambda state, norms: jnp.full_like(norms, 0.1),
+    record=lambda state, norms, thresholds: state,
+)
+# What tells leaves apart, and the groups of first/bias, first/kernel, second/bias, second/kernel.
+SELECTIONS = {
+    "except_paths": ({"mask": masks.except_paths("kernel$")}, by_leaf(0, -1, 0, -1)),
+    "except_vectors": ({"mask": masks.except_vectors}, by_leaf(-1, 0, -1, 0)),
+    "every": (
+        {"mask": masks.every(kernels, masks.except_paths("^second/kernel$"))},
+        by_leaf(-1, 0, -1, -1),
+    ),
+    "a function": ({"mask": kernels}, by_leaf(-1, 0, -1, 0)),
+    "a tree": ({"mask": kernels(BARE)}, by_leaf(-1, 0, -1, 0)),
+    "a boxed tree": ({"mask": in_boxes(kernels(BARE), nn.Partitioned)}, by_leaf(-1, 0, -1, 0)),
+    "per_layer": ({"scope": "per_layer"}, by_leaf(0, 0, 1, 1)),
+    "per_param": ({"scope": "per_param"}, by_leaf(0, 1, 2, 3)),
+    "labels by a function": ({"scope": is_kernel}, by_leaf(0, 1, 0, 1)),
+    "labels": ({"scope": kernels(BARE)}, by_leaf(0, 1, 0, 1)),
+    "boxed labels": ({"scope": in_boxes(kernels(BARE), nn.Partitioned)}, by_leaf(0, 1, 0, 1)),
+    "stacked": ({"scope": "per_param", "stacked": {"^first/kernel$": 0}}, ROWS),
+}
+
+
+@pytest.mark.parametrize("box", BOXES)
+@pytest.mark.parametrize(("options", "groups"), SELECTIONS.values(), ids=SELECTIONS)
+def test_leaves_are_told_apart_alike_in_boxes_and_bare(box, options, groups, monkeypatch):
+    monkeypatch.setitem(sys.modules, "haliax.core", types.SimpleNamespace(NamedArray=NamedArray))
+    grads, numbers = (
+        np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)]) for tree in (BARE, groups)
+    )
+    norms = [np.linalg.norm(grads[numbers == number]) for number in range(max(numbers) + 1)]
+    expected = np.where(numbers < 0, grads, 0.1 * grads / np.take(norms, numbers))
+    tx = smartclip.clip_by_rule(FIXED, **options)
+    boxed = in_boxes(BARE, BOXES[box])
+    for at_init, at_update in itertools.product([BARE, boxed], repeat=2):
+        updates, state = tx.update(at_update, tx.init(at_init), at_update)
+        assert jax.tree.structure(updates) == jax.tree.structure(at_update)
+        clipped = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(updates)])
+        np.testing.assert_allclose(clipped, expected, rtol=1e-6)
+        np.testing.assert_allclose(state.last.grad_norm.ravel(), norms, rtol=1e-6)
