@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from clipper_table import CLIPPERS
+from flax.training.train_state import TrainState
 from jax.sharding import PartitionSpec as P
 from trees import assert_same_bits
 
@@ -209,6 +210,7 @@ def test_a_nan_in_what_is_not_selected_does_not_matter():
 
 NO_STATES = {
     "None": None,
+    "a train state": TrainState.create(apply_fn=None, params=PARAMS, tx=optax.sgd(0.1)),
     "a tuple": (),
     "of the chain": optax.chain(smartclip.autoclip(), optax.sgd(0.1)).init(PARAMS),
     "of an optimizer": optax.adam(0.1).init(PARAMS),

@@ -6,6 +6,7 @@ which. Loops that are scanned, donated or vmapped are in `test_strict_modes.py` 
 """
 
 import functools
+import io
 
 import flax.linen as nn
 import flax.serialization
@@ -214,6 +215,19 @@ def test_a_state_dict_by_paths_that_has_lost_what_is_empty_is_restored(make):
     )
     assert_same_bits(jax.tree.map(jnp.asarray, restored), state)
     assert_same_bits(run(step, params, restored, grads), run(step, params, state, grads))
+
+
+@every_clipper
+def test_a_chain_saved_as_an_array_of_objects_is_restored(make):
+    tx = optimizer(make)
+    params = random_tree(0, 1.0, {"layer": {"bias": (8,), "kernel": (16, 8)}})
+    _, state = run(jax.jit(make_step(tx)), params, tx.init(params), gradients(params))
+    file = io.BytesIO()
+    np.savez(file, opt_state=np.asarray(state, dtype=object))
+    file.seek(0)
+    restored = tuple(np.load(file, allow_pickle=True)["opt_state"].tolist())
+    # NumPy makes a list of a link that is a tuple; the clipper stays what it was.
+    assert_same_bits(restored[0], state[0])
 
 
 STATISTICS = "_overwrite_with_gradient"
