@@ -226,7 +226,7 @@ def test_a_clipper_of_scaled_gradients_takes_a_doubled_scale_for_a_spike(unscale
     state, update, sizes = tx.init(grads), jax.jit(tx.update), []
     for scale in [2.0**8] * 20 + [2.0**9]:
         shown = 1.0 if unscale_first else scale
-        updates, state = update(jax.tree.map(lambda grad: grad * np.float32(shown), grads), state)
+        updates, state = update({"w": np.float32(shown) * grads["w"]}, state)
         sizes.append(float(optax.tree.norm(updates)) / shown)
     np.testing.assert_allclose(sizes[:-1], 1.0, rtol=1e-6)
     np.testing.assert_allclose(sizes[-1], 1.0 if unscale_first else 0.5, rtol=1e-6)

@@ -18,6 +18,7 @@ from regression import (
     RATE,
     TARGETS,
     WINDOW,
+    Agc,
     Autoclip,
     assert_same_params,
     descend,
@@ -205,6 +206,90 @@ def test_outside_multisteps_the_clipper_sees_every_micro_step():
         history = train(optax.chain(Autoclip.factory(), inner))
     assert_same_params(history, train_by_hand(update))
     assert int(smartclip.metrics(history[-1][1])["num_steps"]) == 12
+
+
+class ApplyEvery:
+    """By hand: the sum of two in every second step, and nothing in between."""
+
+    factory = staticmethod(lambda: optax.apply_every(2))
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, updates):
+        self.seen.append(updates)
+        if len(self.seen) % 2:
+            return jax.tree.map(np.zeros_like, updates)
+        return jax.tree.map(lambda *parts: sum(parts), *self.seen[-2:])
+
+
+@both
+@pytest.mark.parametrize("place", ["before", "behind"])
+def test_before_apply_every_each_micro_gradient_is_clipped_and_behind_it_their_sum(clipper, place):
+    links = [clipper.factory(), ApplyEvery.factory()]
+    links = links if place == "before" else links[::-1]
+    clip, add = clipper(), ApplyEvery()
+
+    def update(grads, params):
+        if place == "before":
+            return descend(add(clip(grads, params)))
+        total = add(grads)
+        return descend(clip(total, params) if len(add.seen) % 2 == 0 else total)
+
+    with jax.numpy_dtype_promotion("standard"):  # apply_every multiplies a float by a bool.
+        history = train(optax.chain(*links, optax.sgd(RATE)))
+    assert_same_params(history, train_by_hand(update))
+    record = smartclip.metrics(history[-1][1])
+    assert int(record["num_steps"]) == 12
+    assert int(record["num_clipped"]) > 0
+
+
+def test_zeros_between_the_sums_of_apply_every_teach_a_clipper_behind_it_nothing():
+    grads = {"w": jnp.array([0.6, 0.8])}
+
+    def learnt(tx):
+        update, state = jax.jit(tx.update), tx.init(grads)
+        for size in range(1, 13):
+            _, state = update({"w": size * grads["w"]}, state)
+        return smartclip.metrics(state)["clip_threshold"]
+
+    with jax.numpy_dtype_promotion("standard"):  # apply_every multiplies a float by a bool.
+        threshold = learnt(optax.chain(optax.apply_every(2), Autoclip.factory()))
+    # The median of the last five sums: 3 + 4, 5 + 6, 7 + 8, 9 + 10 and 11 + 12.
+    np.testing.assert_allclose(threshold, 15.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_with_adam_and_apply_every_the_clipper_comes_first_or_last(place):
+    links = [Agc.factory(), Adam.factory(), ApplyEvery.factory()]
+    links = links if place == "first" else [*links[1:], links[0]]
+    clip, adam, add = Agc(), Adam(), ApplyEvery()
+
+    def update(grads, params):
+        if place == "first":
+            return add(adam(clip(grads, params)))
+        total = add(adam(grads))
+        return clip(total, params) if len(add.seen) % 2 == 0 else total
+
+    with jax.numpy_dtype_promotion("standard"):  # apply_every multiplies a float by a bool.
+        history = train(optax.chain(*links))
+    assert_same_params(history, train_by_hand(update))
+    assert int(smartclip.metrics(history[-1][1])["num_clipped"]) > 0
+
+
+@pytest.mark.parametrize("place", ["before", "behind"])
+def test_apply_every_never_forgets_a_nan_which_a_clipper_before_it_takes_out(place):
+    targets = TARGETS.copy()
+    targets[1] = np.nan
+    links = [Autoclip.factory(), ApplyEvery.factory()]
+    links = links if place == "before" else links[::-1]
+    with jax.numpy_dtype_promotion("standard"):  # apply_every multiplies a float by a bool.
+        history = train(optax.chain(*links, optax.sgd(RATE)), targets=targets)
+    # Behind it, every later sum is NaN as well, and all that is left of them is zeros.
+    num_nonfinite = int(smartclip.metrics(history[-1][1])["num_nonfinite"])
+    assert num_nonfinite == (1 if place == "before" else 11)
+    moved = np.any(history[-1][0]["w"] != history[0][0]["w"])
+    assert moved == (place == "before")
 
 
 @pytest.mark.parametrize(
