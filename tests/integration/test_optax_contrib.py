@@ -5,7 +5,6 @@ without a clipper is fed with gradients that were clipped by hand. The last test
 whole training loops.
 """
 
-import functools
 import itertools
 
 import jax
@@ -160,6 +159,31 @@ def test_opaque_sam_clips_only_the_gradient_that_it_descends(clipper):
     assert num_clipped(history) > 0
 
 
+def test_transparent_sam_changes_a_type_of_the_state_which_a_scan_refuses():
+    def trained(opaque_mode):
+        tx = optax.contrib.sam(
+            optax.chain(smartclip.autoclip(), optax.sgd(RATE)),
+            optax.chain(optax.contrib.normalize(), optax.sgd(ASCENT)),
+            opaque_mode=opaque_mode,
+        )
+
+        def step(carry, batch):
+            params, state = carry
+            extra_args = {"grad_fn": lambda params, _: jax.grad(loss)(params, *batch)}
+            grads = jax.grad(loss)(params, *batch)
+            updates, state = tx.update(grads, state, params, **extra_args if opaque_mode else {})
+            return (optax.apply_updates(params, updates), state), None
+
+        with jax.numpy_dtype_promotion("standard"):  # sam multiplies states by a bool.
+            return jax.eval_shape(
+                lambda: jax.lax.scan(step, (PARAMS, tx.init(PARAMS)), (INPUTS, TARGETS))
+            )
+
+    trained(opaque_mode=True)
+    with pytest.raises(TypeError, match="carry"):
+        trained(opaque_mode=False)
+
+
 @both
 @pytest.mark.parametrize("outside", [True, False], ids=["outside", "inside"])
 def test_schedule_free_averages_steps_along_clipped_gradients(clipper, outside):
@@ -253,6 +277,40 @@ def test_reduce_on_plateau_scales_the_clipped_step_by_the_value(clipper):
     assert_same_params(history, train_by_hand(update))
     assert scale < 1
     assert num_clipped(history) > 0
+
+
+@pytest.mark.parametrize("place", ["before", "behind"])
+def test_behind_differentially_private_aggregate_no_example_moves_more_than_its_share(place):
+    # Two batches of four gradients of norm 1, which differ in one.
+    examples = [np.array([1.0, 1.0, 1.0, last], np.float32)[:, None] for last in (1.0, -1e6)]
+    private = optax.contrib.differentially_private_aggregate(1.0, 0.0, key=jax.random.key(0))
+    links = [smartclip.autoclip(max_norm=2.0), private]
+    tx = optax.chain(*links) if place == "before" else optax.chain(*links[::-1])
+    means = [jax.jit(tx.update)(grads, tx.init(np.float32([0.0])))[0] for grads in examples]
+    moved = float(jnp.linalg.norm(means[1] - means[0]))
+    share = 2 * 1.0 / 4  # One example's, from its limit in one direction to that in the other.
+    if place == "behind":
+        assert moved <= share * (1 + 1e-6)
+    else:
+        assert moved > 2 * share  # All other examples are scaled by it as well.
+
+
+def test_inside_split_real_and_imaginary_the_parts_of_a_number_are_two_leaves():
+    grads = {"w": np.complex64([3 + 4j])}
+    split = optax.contrib.split_real_and_imaginary
+
+    def clipped(wrap, scope):
+        tx = wrap(smartclip.autoclip(max_norm=1.0, scope=scope))
+        return jax.jit(tx.update)(grads, tx.init(grads), grads)[0]["w"]
+
+    with jax.numpy_dtype_promotion("standard"):  # It multiplies by a Python complex number.
+        for wrap, scope in [
+            (split, "global"),
+            (lambda tx: tx, "global"),
+            (lambda tx: tx, "per_param"),
+        ]:
+            np.testing.assert_allclose(clipped(wrap, scope), [0.6 + 0.8j], rtol=1e-6)
+        np.testing.assert_allclose(clipped(split, "per_param"), [1 + 1j], rtol=1e-6)
 
 
 @pytest.mark.parametrize("place", ["before", "behind"])
@@ -409,63 +467,3 @@ def test_outer_training_through_clipped_inner_training_lowers_the_outer_loss():
         assert np.all(nums_clipped[:, -1] > 0)
     assert smartclip.metrics(state)["num_clipped"] == 3
     assert losses == sorted(losses, reverse=True)
-
-
-CURVATURES = np.float32([1.0, 10.0, 100.0])
-SEARCH = optax.scale_by_backtracking_linesearch(20)
-# A limit that cuts every step until the optimum is near.
-LIMIT = functools.partial(smartclip.autoclip, max_norm=0.1)
-
-
-def bowl(x):
-    """Its optimum is 0, at 0."""
-    return 0.5 * jnp.sum(CURVATURES * jnp.square(x))
-
-
-def value_found(tx, value_and_grad):
-    """The value after 400 steps from (1, 2, 3), where it is 470.5."""
-
-    @jax.jit
-    def step(carry, _):
-        x, state = carry
-        value, grad = value_and_grad(x, state=state)
-        updates, state = tx.update(grad, state, x, value=value, grad=grad, value_fn=bowl)
-        return (optax.apply_updates(x, updates), state), None
-
-    start = jnp.array([1.0, 2.0, 3.0])
-    (x, _), _ = jax.lax.scan(step, (start, tx.init(start)), length=400)
-    return bowl(x)
-
-
-def computed(x, state):
-    """The value and the gradient where the parameters are."""
-    del state
-    return jax.value_and_grad(bowl)(x)
-
-
-@pytest.mark.parametrize(
-    "tx",
-    [
-        optax.chain(optax.lbfgs(), LIMIT()),
-        optax.chain(LIMIT(), optax.sgd(1.0), SEARCH),
-        optax.chain(optax.sgd(1.0), SEARCH, LIMIT()),
-        optax.chain(smartclip.autoclip(), optax.lbfgs()),
-    ],
-    ids=["behind lbfgs", "before a search", "behind a search", "autoclip() before lbfgs"],
-)
-def test_a_line_search_finds_the_optimum_with_a_clipper(tx):
-    assert value_found(tx, computed) < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("tx", "value_and_grad"),
-    [
-        (optax.chain(LIMIT(), optax.polyak_sgd()), computed),
-        (optax.chain(optax.lbfgs(), LIMIT()), optax.value_and_grad_from_state(bowl)),
-    ],
-    ids=["before polyak_sgd", "from a search whose step was cut"],
-)
-def test_where_a_clipper_takes_from_a_line_search_what_it_needs(tx, value_and_grad):
-    """The page of integrations says so. Should it pass one day, the page is to be changed."""
-    with jax.debug_nans(False):
-        assert not value_found(tx, value_and_grad) < 1e-2
