@@ -1,7 +1,7 @@
 """Training in float16 with a scaled loss: gradients are unscaled, then checked, then clipped.
 
-The scale is that of Flax, that of jmp (which Haiku requires), or one by hand as on the page about
-loss scaling. The last tests show what goes wrong in another order.
+The scale is that of Flax, that of jmp, or one by hand as on the page about loss scaling. The last
+tests show what goes wrong in another order.
 """
 
 import functools
