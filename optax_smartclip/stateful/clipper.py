@@ -27,12 +27,21 @@ from optax_smartclip.engine.groups import SCOPES, Groups, assign_groups
 from optax_smartclip.engine.norms import Norms
 from optax_smartclip.engine.stacks import Stacked, check_stacked, find_stacks, slice_shapes
 from optax_smartclip.engine.states import ClipState, init_state
-from optax_smartclip.engine.trees import PyTree, flatten, replace_leaves, unbox
+from optax_smartclip.engine.trees import (
+    KeyPath,
+    PyTree,
+    flatten,
+    path_name,
+    replace_leaves,
+    unbox,
+)
 from optax_smartclip.stateful.saved import Key, Saved, from_json, restore, to_json
 
 # Older versions of JAX have it under its first name.
 _NEW_REF = "new_ref" if hasattr(jax, "new_ref") else "array_ref"
 _new_ref: Callable[[Array], Any] = getattr(jax, _NEW_REF)
+
+_ONE_FOR_EACH_MODEL = "Use one clipper for each model."
 
 
 class MetricsRecord(TypedDict, total=False):
@@ -63,6 +72,9 @@ class MetricsRecord(TypedDict, total=False):
 
 
 OnMetrics = Callable[[MetricsRecord], Any]
+
+# Of each leaf of a gradient; None where it has nothing, as for a frozen or an uncovered parameter.
+Shapes = dict[KeyPath, tuple[int, ...] | None]
 
 
 class StatefulClipper:
@@ -102,6 +114,9 @@ class StatefulClipper:
         self._refs: ClipState | None = None
         # A state that was loaded waits here to learn on which devices it belongs.
         self._loaded: ClipState | None = None
+        # Of the first gradient, with which the others are compared. Not of what `init` was given,
+        # which may be of another kind or, under shard_map, have the shapes of all devices.
+        self._shapes: Shapes | None = None
         # Compiled, or each eager step would build the `cond` within it anew.
         self._update = jax.jit(self._step, static_argnames="with_record")
 
@@ -146,7 +161,7 @@ class StatefulClipper:
         if self._keys and keys != self._keys:
             raise ValueError(
                 f"`params` must fall into the groups that this clipper has a state of, "
-                f"{self._keys}, got {keys}. Use one clipper for each model."
+                f"{self._keys}, got {keys}. {_ONE_FOR_EACH_MODEL}"
             )
         if self._refs is None:
             device = _replicated(params)
@@ -162,12 +177,17 @@ class StatefulClipper:
         """The clipped gradient; see `apply_grads`."""
         self.init(grads if params is None else params)
         shown = self._covered(grads)
+        shapes = _shapes(shown)
+        if self._shapes is not None:
+            _check_same_model(shapes, self._shapes)
         shown_params = None if params is None else self._covered(params)
         state = self._state()
         clipped, new_state, record = self._update(
             state, shown, shown_params, with_record=on_metrics is not None
         )
         self._write(new_state)
+        # Not before: a gradient that was refused has taught nothing.
+        self._shapes = self._shapes or shapes
         if on_metrics is not None:
             self._report(on_metrics, record)
         return replace_leaves(grads, flatten(clipped))
@@ -221,6 +241,8 @@ class StatefulClipper:
             self._keys, self._loaded = saved.keys, restored
         elif restored is not None:
             self._write(restored)
+            # What is known now may be from another model.
+            self._shapes = None
 
     def _step(
         self, state: ClipState, grads: PyTree, params: PyTree, *, with_record: bool
@@ -277,6 +299,34 @@ class StatefulClipper:
             ref[...] = value
 
         jax.tree.map(write, self._refs, state)
+
+
+def _shapes(grads: PyTree) -> Shapes:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(grads, is_leaf=_is_empty)
+    return {path: None if _is_empty(leaf) else np.shape(leaf) for path, leaf in leaves}
+
+
+def _is_empty(node: Any) -> bool:
+    """Whether a node has no leaves: None, or an `optax.MaskedNode`."""
+    return not jax.tree.leaves(node)
+
+
+def _check_same_model(now: Shapes, first: Shapes) -> None:
+    """Raises ValueError with the first leaf that differs; what is None fits anything."""
+
+    def describe(shapes: Shapes, path: KeyPath) -> str | None:
+        if any(shapes.get(path[:depth], ()) is None for depth in range(len(path) + 1)):
+            return None
+        return f"the shape {shapes[path]}" if path in shapes else "no such leaf"
+
+    for path in {} if now == first else {**first, **now}:
+        expected, got = describe(first, path), describe(now, path)
+        if expected != got and expected and got:
+            raise ValueError(
+                "`grads` must have the leaves of the first gradient that this clipper learnt from, "
+                f"got {got} for {path_name(path)!r}, where there was {expected}. "
+                f"{_ONE_FOR_EACH_MODEL}"
+            )
 
 
 def _replicated(params: PyTree) -> Any:

@@ -44,7 +44,8 @@ def apply_grads(
     Raises:
         TypeError: If `clipper` is something else.
         ValueError: If `params` is None and the clipper needs it, or the leaves fall into other
-            groups than those that the clipper was used with.
+            groups or have other paths or shapes than those that the clipper was used with: use one
+            clipper for each model. (Leaves that are None fit any.)
 
     Example:
         >>> import jax

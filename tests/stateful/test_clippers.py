@@ -10,6 +10,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import reference
 import smartclip.core as original
@@ -580,6 +581,102 @@ def test_a_clipper_refuses_another_model_and_stays_as_it_was(cls):
         assert clipper.state_dict() == before
     smartclip.apply_grads(params, params, clipper)
     assert clipper.num_steps == 2
+
+
+# Layers that Flax has named, and a critic of other sizes.
+ACTOR = {"Dense_0": {"kernel": jnp.ones((2, 3))}, "Dense_1": {"kernel": jnp.ones((3, 2))}}
+CRITICS = {
+    "shape": (
+        {**ACTOR, "Dense_1": {"kernel": jnp.ones((3, 1))}},
+        r"got the shape \(3, 1\) for 'Dense_1/kernel', where there was the shape \(3, 2\)",
+    ),
+    "more": (
+        {**ACTOR, "value": jnp.ones((2, 1))},
+        r"got the shape \(2, 1\) for 'value', where there was no such leaf",
+    ),
+    "less": (
+        {"Dense_0": ACTOR["Dense_0"]},
+        r"got no such leaf for 'Dense_1/kernel', where there was the shape \(3, 2\)",
+    ),
+    "depth": (
+        {**ACTOR, "Dense_1": {"kernel": {"w": jnp.ones((3, 2))}}},
+        r"got no such leaf for 'Dense_1/kernel', where there was the shape \(3, 2\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("cls", "critic"), each_value(CLASSES, CRITICS))
+def test_a_clipper_of_one_group_refuses_the_gradient_of_another_model(cls, critic):
+    clipper = CLASSES[cls](scope="global")
+    critic, message = CRITICS[critic]
+    message = rf"`grads` must have .*, {message}. Use one clipper for each model."
+    smartclip.apply_grads(ACTOR, ACTOR, clipper)
+    before = clipper.state_dict()
+
+    @jax.jit
+    def step(critic):
+        return smartclip.apply_grads(critic, critic, clipper)
+
+    for use in (step, lambda critic: smartclip.apply_grads(critic, critic, clipper)):
+        with pytest.raises(ValueError, match=message):
+            use(critic)
+        assert clipper.state_dict() == before
+    smartclip.apply_grads(ACTOR, ACTOR, clipper)
+    assert clipper.num_steps == 2
+
+
+def test_two_models_in_one_compiled_step_need_two_clippers():
+    clipper, critic = smartclip.AutoClip(), CRITICS["shape"][0]
+
+    @jax.jit
+    def step(actor, critic):
+        return [smartclip.apply_grads(grads, None, clipper) for grads in (actor, critic)]
+
+    with pytest.raises(ValueError, match="Use one clipper for each model"):
+        step(ACTOR, critic)
+
+
+def test_frozen_and_integer_leaves_that_come_and_go_are_of_the_same_model():
+    whole = {**ACTOR, "count": jnp.array(3)}
+    frozen = [
+        {**whole, "Dense_0": {"kernel": None}, "count": None},
+        {"Dense_1": ACTOR["Dense_1"], "Dense_0": None},
+        {**whole, "Dense_0": optax.MaskedNode(), "count": np.zeros((), jax.dtypes.float0)},
+    ]
+    other = {**whole, "Dense_1": {"kernel": jnp.ones((2, 2))}}
+    for gradients in ([whole, *frozen], [frozen[0], whole], [frozen[1], whole]):
+        clipper = smartclip.ZScoreClip()
+        clip = jax.jit(lambda grads, its=clipper: smartclip.apply_grads(grads, None, its))
+        for grads in gradients:
+            jax.eval_shape(clip, grads)
+        with pytest.raises(ValueError, match=r"got the shape \(2, 2\) for 'Dense_1/kernel'"):
+            jax.eval_shape(clip, other)
+
+
+def test_unrolled_and_scanned_steps_and_a_structure_given_to_init_are_of_the_same_model():
+    clipper = smartclip.AutoClip()
+    clipper.init({"variables": jax.tree.map(lambda leaf: leaf[0], ACTOR)})
+
+    @jax.jit
+    def steps(grads):
+        for _ in range(2):
+            clipped = smartclip.apply_grads(grads, grads, clipper)
+        twice = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), clipped)
+        jax.lax.scan(lambda _, g: (None, smartclip.apply_grads(g, None, clipper)), None, twice)
+
+    steps(ACTOR)
+    smartclip.apply_grads(ACTOR, None, clipper)
+    assert clipper.num_steps == 5
+
+
+def test_a_clipper_that_was_given_the_state_of_another_model_takes_its_gradient():
+    critic = CRITICS["shape"][0]
+    clippers = [smartclip.AutoClip(), smartclip.AutoClip()]
+    for clipper, grads in zip(clippers, (ACTOR, critic), strict=True):
+        smartclip.apply_grads(grads, None, clipper)
+    clippers[0].load_state_dict(clippers[1].state_dict())
+    smartclip.apply_grads(critic, None, clippers[0])
+    assert clippers[0].num_steps == 2
 
 
 def test_agc_without_params_is_an_error():
