@@ -13,6 +13,12 @@ from optax_smartclip.memory.executor import HeightCompressedExecutor
 from optax_smartclip.memory.graph import Graph, capture_graph_jaxpr
 from optax_smartclip.memory.planner import make_plan
 
+_REAL_ONLY = (
+    "`argnums` must choose trees of real arrays or floats. Pass integers and random keys as "
+    "another argument. For an nnx.Module, write `graphdef, params, rest = "
+    "nnx.split(model, nnx.Param, ...)`, differentiate `params`, and `nnx.merge` in the function."
+)
+
 
 class NoPlanWarning(UserWarning):
     """No plan could be made, and the gradient is that of `jax.grad`; the text says why."""
@@ -56,7 +62,12 @@ class HeightCompressedGradient:
         call = Call(self._argnums, args, kwargs)
         if not call.can_differentiate():
             # It raises, in its own words.
-            return self._plain(*args, **kwargs)
+            try:
+                return self._plain(*args, **kwargs)
+            except TypeError as error:
+                if call.in_range:
+                    error.add_note(_REAL_ONLY)
+                raise
         try:
             results, grads, self.last_executor = self._run(call)
         except _NoPlanError as error:
@@ -169,7 +180,8 @@ def height_compressed_grad(
         fn: A function that returns a real scalar, or with `has_aux` a pair of one and anything.
         block_size: How many equations a block has. By default, blocks are chosen such that the
             predicted peak of the memory is the least.
-        argnums: Which positional arguments to differentiate; trees of real arrays or floats.
+        argnums: Which positional arguments to differentiate; trees of real arrays or floats. Pass
+            integers and random keys, such as those of Dropout in an `nnx.Module`, in another one.
         has_aux: Whether `fn` returns a second result, which is not differentiated.
         memory_budget: Bytes of temporary memory. As little is computed again as the prediction
             allows; if it cannot be reached, the plan is that of the least peak, and

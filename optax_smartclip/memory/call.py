@@ -18,6 +18,7 @@ class Call:
     Attributes:
         arrays: The leaves that are traced: arrays, and all that is differentiated.
         wanted: The indices of those of them that are differentiated.
+        in_range: Whether the arguments that are to be differentiated exist.
     """
 
     def __init__(
@@ -25,7 +26,7 @@ class Call:
     ) -> None:
         self._single = not isinstance(argnums, Sequence)
         places = argnums if isinstance(argnums, Sequence) else (argnums,)
-        self._in_range = all(-len(args) <= operator.index(place) < len(args) for place in places)
+        self.in_range = all(-len(args) <= operator.index(place) < len(args) for place in places)
         self._argnums = [place % max(len(args), 1) for place in places]
         leaves, self._tree = jax.tree.flatten((args, kwargs))
         chosen = [
@@ -42,7 +43,7 @@ class Call:
 
     def can_differentiate(self) -> bool:
         """Returns whether the chosen arguments exist and are real."""
-        return self._in_range and all(
+        return self.in_range and all(
             isinstance(self.arrays[index], (*_ARRAYS, float))
             and jnp.issubdtype(jax.dtypes.result_type(self.arrays[index]), jnp.floating)
             for index in self.wanted
