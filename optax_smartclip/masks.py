@@ -48,7 +48,8 @@ def except_paths(*patterns: str) -> MaskFn:
 
     def mask(params: PyTree) -> PyTree:
         names = [path_name(path) for path in flatten(params)]
-        checks.check_patterns_match("`patterns` must", compiled, names)
+        hint = checks.static_hint(params)
+        checks.check_patterns_match("`patterns` must", compiled, names, hint)
         return _map_leaves(
             lambda path, _: not any(pattern.search(path_name(path)) for pattern in compiled), params
         )

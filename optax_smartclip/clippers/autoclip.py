@@ -143,7 +143,7 @@ def autoclip(
     if not isinstance(history, NormHistory | None):
         raise ValueError(
             "`history` must be a NormHistory, as ring_buffer(128) makes one, or None, "
-            f"got {history!r}."
+            f"got {history!r}.{checks.static_hint(history)}"
         )
     if percentile is None:
         rule = upper_fence_rule(history) if outliers_only else lower_fence_rule(history)

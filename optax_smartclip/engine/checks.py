@@ -17,6 +17,16 @@ from jaxtyping import Array, Float
 # The size of a float32.
 _EXACT_BYTES = 4
 
+STATIC_HINT = " (Under optax.inject_hyperparams, name it in `static_args`.)"
+
+
+def static_hint(value: Any) -> str:
+    """For the end of a message: the way out if the value may be an array against its will.
+
+    `optax.inject_hyperparams` makes one of each number and of what a function returns.
+    """
+    return STATIC_HINT if isinstance(value, jax.Array) else ""
+
 
 def check_number(
     name: str,
@@ -46,7 +56,8 @@ def check_number(
     else:
         valid = False
     if not valid:
-        raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
+        hint = "" if may_be_array else static_hint(value)
+        raise ValueError(f"`{name}` must be {allowed}, got {value!r}.{hint}")
 
 
 def _is_within(value: Any, low: float, high: float, strict_low: bool, strict_high: bool) -> bool:
@@ -82,7 +93,7 @@ def check_size(name: str, value: Any, high: int, *, low: int = 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(
             f"`{name}` must be a Python int from {low} to {high} (it sets the shape of the state), "
-            f"got {value!r}."
+            f"got {value!r}.{static_hint(value)}"
         )
 
 
@@ -98,13 +109,13 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
         allowed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
+        raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.{static_hint(value)}")
 
 
 def check_flag(name: str, value: Any) -> None:
     """Raises ValueError unless `value` is True or False."""
     if not isinstance(value, bool):
-        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+        raise ValueError(f"`{name}` must be True or False, got {value!r}.{static_hint(value)}")
 
 
 def compile_pattern(must: str, pattern: Any) -> re.Pattern[str]:
@@ -115,13 +126,15 @@ def compile_pattern(must: str, pattern: Any) -> re.Pattern[str]:
         raise ValueError(f"{must}, got {pattern!r}: {error}.") from error
 
 
-def check_patterns_match(must: str, patterns: Iterable[re.Pattern[str]], names: list[str]) -> None:
+def check_patterns_match(
+    must: str, patterns: Iterable[re.Pattern[str]], names: list[str], hint: str = ""
+) -> None:
     """Raises ValueError if a pattern matches no name of a leaf: it is a misspelt one."""
     for pattern in patterns:
         if names and not any(pattern.search(name) for name in names):
             raise ValueError(
                 f"{must} each match a parameter's path, but {pattern.pattern!r} "
-                f"matches none of {', '.join(names[:8])}{', ...' if names[8:] else ''}."
+                f"matches none of {', '.join(names[:8])}{', ...' if names[8:] else ''}.{hint}"
             )
 
 

@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
+import jax
 import numpy as np
 
 from optax_smartclip.engine import checks
@@ -90,11 +91,14 @@ def check_known(path: KeyPath, known: Iterable[KeyPath]) -> None:
 
 
 def check_scope(scope: Scope, choices: tuple[str, ...] = SCOPES) -> None:
-    """Raises ValueError if `scope` is a string but not one of `choices`."""
+    """Raises ValueError if `scope` has none of its forms."""
     if isinstance(scope, str):
         checks.check_choice("scope", scope, choices)
-    elif scope is None:
-        raise ValueError(f"`scope` must be one of {choices}, a function or a tree, got None.")
+    elif scope is None or isinstance(scope, jax.Array):
+        raise ValueError(
+            f"`scope` must be one of {choices}, a function or a tree, got {scope!r}."
+            f"{checks.static_hint(scope)}"
+        )
 
 
 def assign_groups(
@@ -154,10 +158,17 @@ def covered_paths(mask: LeafMask, tree: PyTree, stacks: dict[KeyPath, Stack]) ->
     A mask that is a function is given the shape of one slice of each stacked leaf, and no boxes.
 
     Raises:
-        ValueError: If the mask has nothing for a leaf.
+        ValueError: If the mask is a single value, or has nothing for a leaf.
     """
     if mask is None:
         return set(stacks)
+    # One bool says as much as None or the lack of a clipper. It is what a function becomes that
+    # optax.inject_hyperparams has taken for a schedule.
+    if isinstance(mask, bool | np.bool_ | jax.Array):
+        raise ValueError(
+            "`mask` must be a tree of bools with the structure of the parameters, a prefix of it, "
+            f"or a function of them, and not a single value, got {mask!r}.{checks.STATIC_HINT}"
+        )
     if callable(mask):
         mask = mask(slice_shapes(tree, stacks))
     covers = broadcast_prefix("mask", flatten(mask), stacks)

@@ -13,15 +13,22 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
+from optax_smartclip.engine import checks
+
 T = TypeVar("T")
 
 AxisName = str | Sequence[str] | None
 
 
-def axis_names(axis_name: AxisName) -> tuple[str, ...]:
+def axis_names(axis_name: AxisName | Array) -> tuple[str, ...]:
     """The named axes, none for None."""
     if axis_name is None:
         return ()
+    if isinstance(axis_name, jax.Array):
+        raise ValueError(
+            "`axis_name` must be a name of a mapped axis, a sequence of names or None, got "
+            f"{axis_name!r}.{checks.static_hint(axis_name)}"
+        )
     return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
 
 

@@ -40,7 +40,7 @@ def check_stacked(stacked: Stacked, scope: Any) -> None:
     if not isinstance(stacked, Mapping) or not stacked:
         raise ValueError(
             "`stacked` must be a mapping from regular expressions to axes, as {'layers': 0} is, or "
-            f"a function of key path and shape, got {stacked!r}."
+            f"a function of key path and shape, got {stacked!r}.{checks.static_hint(stacked)}"
         )
     for pattern, axes in stacked.items():
         checks.compile_pattern("`stacked` must have regular expressions for keys", pattern)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from optax_smartclip.engine import checks
 from optax_smartclip.engine.dtypes import as_float32, is_inexact
 from optax_smartclip.engine.groups import LeafMask, Scope, check_known, covered_paths
 from optax_smartclip.engine.metrics import ClipMetrics, next_metrics
@@ -83,8 +84,7 @@ def check_unit_axes(unit_axes: UnitAxes, scope: Scope) -> None:
     if not valid:
         raise ValueError(
             f"`unit_axes` must be None, a Python int, a tuple of ints, one of {tuple(LAYOUTS)}, or "
-            f"a function of key path and shape, got {unit_axes!r}. (Under "
-            "optax.inject_hyperparams, name it in `static_args`.)"
+            f"a function of key path and shape, got {unit_axes!r}.{checks.static_hint(unit_axes)}"
         )
     if unit_axes is not None and not (isinstance(scope, str) and scope == "unit"):
         raise ValueError(f"`unit_axes` must be None unless scope='unit', got {unit_axes!r}.")

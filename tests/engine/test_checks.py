@@ -4,11 +4,13 @@ import inspect
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import optax
 import pytest
 
 import optax_smartclip as smartclip
+from optax_smartclip import masks
 from optax_smartclip.engine import checks
 
 NAN, INF = float("nan"), float("inf")
@@ -314,3 +316,91 @@ def test_an_array_that_was_rounded_to_a_bound_is_no_mistake():
     smartclip.zscore_clip(decay=jnp.asarray(0.999, jnp.bfloat16))
     with pytest.raises(ValueError, match=r"`decay` must be in \[0, 1\), got"):
         smartclip.zscore_clip(decay=jnp.asarray(1.0))
+
+
+INJECTED = {
+    "clip_by_rule": smartclip.clip_by_rule,
+    "autoclip": smartclip.autoclip,
+    "zscore_clip": smartclip.zscore_clip,
+    "zclip": smartclip.zclip,
+    "adagc": smartclip.adagc,
+    "agc": smartclip.agc,
+    "skip_spikes": smartclip.skip_spikes,
+}
+TWO_LAYERS = {"body": {"w": jnp.ones((2, 3))}, "head": {"w": jnp.ones(3)}}
+# Of each argument that is no number: what works under inject_hyperparams, and what it makes an
+# array of, or calls as a schedule, so that something else arrives.
+NOT_TRACED = {
+    "scope": (["per_layer", {"body": "a", "head": "b"}], [0, np.zeros(2, int)]),
+    "stacked": ([{"body": 0}], [0, np.zeros(2, int)]),
+    "mask": (
+        [{"body": True, "head": False}],
+        [
+            masks.except_vectors,
+            masks.except_paths("head"),
+            masks.every(masks.except_vectors),
+            lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+            lambda params: jax.tree.map(lambda leaf: jnp.sum(leaf) > 1, params),
+            np.array(True),
+        ],
+    ),
+    "nonfinite": (["propagate"], [0]),
+    "axis_name": (["devices", ("devices",)], [0]),
+    "unit_axes": ([(0,), "equinox"], [0, np.zeros(2, int)]),
+    "outliers_only": ([True, False], [0, jnp.array(True)]),
+    "history": ([smartclip.ring_buffer(5)], [5]),
+    "clip_to": (["mean"], [0]),
+    "window": ([], [8]),
+    "rule": ([RULE], []),
+    "inner": ([optax.identity()], []),
+}
+# Without which another argument would be refused.
+NEEDED = {"clip_by_rule": {"rule": RULE}, "skip_spikes": {"inner": optax.identity()}}
+NEEDED_BY = {"stacked": {"scope": "per_layer"}}
+
+
+def not_traced(which):
+    return [
+        pytest.param(factory, name, value, id=f"{factory}-{name}-{number}")
+        for factory in INJECTED
+        for name in inspect.signature(INJECTED[factory]).parameters
+        for number, value in enumerate(NOT_TRACED.get(name, ([], []))[which])
+    ]
+
+
+def injected(factory, name, value):
+    static_args = {"window"} & inspect.signature(INJECTED[factory]).parameters.keys() - {name}
+    arguments = NEEDED.get(factory, {}) | NEEDED_BY.get(name, {}) | {name: value}
+    return optax.inject_hyperparams(INJECTED[factory], static_args=static_args)(**arguments)
+
+
+@pytest.mark.parametrize(("factory", "name", "value"), not_traced(0))
+def test_what_is_no_number_passes_through_inject_hyperparams(factory, name, value):
+    tx = injected(factory, name, value)
+
+    def step(params):
+        return tx.update(params, tx.init(params), params)[0]
+
+    members = jax.tree.map(lambda leaf: leaf[None], TWO_LAYERS)
+    updates = jax.eval_shape(jax.vmap(step, axis_name="devices"), members)
+    assert jax.tree.structure(updates) == jax.tree.structure(TWO_LAYERS)
+
+
+@pytest.mark.parametrize(("factory", "name", "value"), not_traced(1))
+def test_what_inject_hyperparams_takes_for_a_number_is_refused_with_the_way_out(
+    factory, name, value, monkeypatch
+):
+    # As users have it, who run without type checks.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    for init in (lambda tx: tx.init(TWO_LAYERS), lambda tx: jax.eval_shape(tx.init, TWO_LAYERS)):
+        with pytest.raises(ValueError, match=rf"`({name}|patterns)` must .*`static_args`\.\)"):
+            init(injected(factory, name, value))
+
+
+def test_every_argument_is_a_number_or_among_those_that_cannot_be_traced():
+    numbers = {
+        "percentile", "zmax", "decay", "clip_factor", "record_limit", "relative_clip",
+        "absolute_clip", "clipping", "eps", "sigma", "max_consecutive", "warmup_steps", "max_norm",
+    }  # fmt: skip
+    for factory in INJECTED.values():
+        assert set(inspect.signature(factory).parameters) <= numbers | NOT_TRACED.keys()
