@@ -1,8 +1,9 @@
 """Pictures of what a clipper did, from metrics that were collected over the steps.
 
 These are what `smartclip.metrics` returned: a list with one dictionary for each step, or a single
-one with a leading axis of steps, as `jax.lax.scan` returns. What else is in them is ignored. Needs
-Matplotlib, which the extra `plotting` brings.
+one with a leading axis of steps, as `jax.lax.scan` returns. What else is in them is ignored. Of
+runs that were vmapped over seeds, median and spread are drawn. Needs Matplotlib, which the extra
+`plotting` brings.
 """
 
 import reprlib
@@ -24,8 +25,15 @@ except ImportError as error:
     ) from error
 
 Metrics = Mapping[str, Any] | Sequence[Any]
-Record = dict[str, Shaped[np.ndarray, "steps _"]]
+# Without an axis of seeds, there is one.
+Record = dict[str, Shaped[np.ndarray, "steps _ seeds"]]
 Steps = Float[np.ndarray, " steps"]
+OfSeeds = Float[np.ndarray, "*steps seeds"]
+
+_SEED_HINT = (
+    " (For seeds under vmap, pass seed_axis=0 with the shape [seeds, steps], or seed_axis=1 with "
+    "[steps, seeds].)"
+)
 
 _CLIP_FIELDS = ("grad_norm", "clip_threshold", "clip_scale", "num_steps")
 _SKIP_FIELDS = ("skip_norm", "skip_norm_threshold", "skipped", "num_skipped")
@@ -45,12 +53,16 @@ _STYLES: dict[str, dict[str, Any]] = {
 # clipped step is lost.
 _NUM_BINS, _MAX_MARKS, _NUM_COLUMNS, _MAX_LABELS = 2000, 400, 500, 40
 
+# Percentiles over the seeds: the edges of the band, and the line in it.
+_LOW, _MEDIAN, _HIGH = 10.0, 50.0, 90.0
+
 
 def plot_norms(
     metrics: Metrics,
     *,
     clipper: str | None = None,
     group: int | None = None,
+    seed_axis: int | None = None,
     steps: Any = None,
     ax: Axes | None = None,
 ) -> Axes:
@@ -64,11 +76,19 @@ def plot_norms(
     value in each of 2,000 bins are drawn, and of more than 400 marks of a kind, the highest in each
     of 400 bins. The legend counts all.
 
+    Of several seeds, each line is their median, in a band from their 10th to their 90th percentile.
+    Marks stand at the norm of the seed that they belong to, and the legend counts those of all
+    seeds and steps.
+
     Args:
         metrics: One dictionary of `smartclip.metrics` for each step, or a single one whose values
-            have the shape `[steps]` or `[steps, groups]`.
+            have the shape `[steps]` or `[steps, groups]`; with an axis of seeds as well, see
+            `seed_axis`.
         clipper: If there are several clippers, the place of one: `"0"` for `"0/grad_norm"`.
         group: If there are several groups, the number of one.
+        seed_axis: Which axis counts the seeds of runs under `jax.vmap`, if there is one: 0 for
+            `[seeds, steps]` and `[seeds, steps, groups]`, as of a vmapped run, 1 for
+            `[steps, seeds]` and `[steps, seeds, groups]`, as of vmapped steps.
         steps: The number of each step, of shape `[steps]`, increasing; by default 1, 2, ...
         ax: Where to draw; by default, in a new figure of `matplotlib.pyplot`.
 
@@ -87,10 +107,11 @@ def plot_norms(
         >>> [text.get_text() for text in ax.get_legend().get_texts()]
         ['norm', 'threshold', 'clipped: 1 (50 %)']
     """
-    x, clip, skip = _read(metrics, clipper, steps)
-    num_groups = clip["grad_norm"].shape[1]
+    x, clip, skip = _read(metrics, clipper, seed_axis, steps)
+    _, num_groups, num_seeds = clip["grad_norm"].shape
     if group not in (range(num_groups) if num_groups > 1 else (None, 0)):
-        raise ValueError(f"`group` must be an int from 0 to {num_groups - 1}, got {group!r}.")
+        hint = _SEED_HINT if seed_axis is None else ""
+        raise ValueError(f"`group` must be an int from 0 to {num_groups - 1}, got {group!r}.{hint}")
     norm, threshold, ran = (clip[k][:, group or 0] for k in ("grad_norm", "clip_threshold", "ran"))
     # Of one group among several, nothing is known in a step that its clipper did not see.
     known = ran | (num_groups == 1)
@@ -109,22 +130,29 @@ def plot_norms(
     ax.set(xlabel="step", ylabel="gradient norm", yscale="log")
     for name, values in lines.items():
         y = np.where(np.isfinite(values) & (values > 0), values, np.nan)
-        kept = _extremes(y)
-        ax.plot(x[kept], y[kept], label=name, **_STYLES[name])
+        low, median, high = _percentiles(y, (_LOW, _MEDIAN, _HIGH))
+        kept = _extremes(median)
+        ax.plot(x[kept], median[kept], label=name, **_STYLES[name])
+        if num_seeds > 1:
+            kept = np.union1d(_extremes(low), _extremes(high))
+            band = {"color": _STYLES[name]["color"], "alpha": 0.25, "linewidth": 0}
+            ax.fill_between(x[kept], low[kept], high[kept], label=f"_{name}", **band)
     for name, mask in marks.items():
         label = f"{name}: {np.count_nonzero(mask):,} ({100 * mask.mean():.3g} %)"
-        kept = np.flatnonzero(mask)
+        kept, y = np.nonzero(mask)[0], norm[mask]
         if len(kept) > _MAX_MARKS:
             bins = kept * _MAX_MARKS // len(mask)
-            order = np.lexsort((norm[kept], bins))
-            kept = kept[order[np.append(np.diff(bins[order]) > 0, True)]]
-        y = norm[kept]
+            order = np.lexsort((y, bins))
+            highest = order[np.append(np.diff(bins[order]) > 0, True)]
+            kept, y = kept[highest], y[highest]
         inside = np.isfinite(y) & (y > 0)
         style = {"linestyle": "none", **_STYLES[name]}
         ax.plot(x[kept[inside]], y[inside], label=label, **style)
         edge, at_edge = np.where(y == 0, 0.03, 0.97), ax.get_xaxis_transform()
         ax.plot(x[kept[~inside]], edge[~inside], label=f"_{name}", transform=at_edge, **style)
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small", frameon=False)
+    title = f"{num_seeds} seeds: median,\n10th to 90th percentile" if num_seeds > 1 else None
+    style = {"fontsize": "small", "title_fontsize": "small", "frameon": False}
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title=title, **style)
     return ax
 
 
@@ -133,6 +161,7 @@ def plot_groups(
     *,
     clipper: str | None = None,
     labels: Sequence[str] | None = None,
+    seed_axis: int | None = None,
     steps: Any = None,
     ax: Axes | None = None,
 ) -> Axes:
@@ -141,10 +170,14 @@ def plot_groups(
     NaN and Inf norms are grey, with a cross. Of more than 500 steps, a column shows the darkest of
     several. Steps in which the clipper did not run are left out.
 
+    Of several seeds, a shade is the median of their scales. A cross says that a norm of one of them
+    was not finite, and grey that those of all were.
+
     Args:
-        metrics: As for `plot_norms`; so are `clipper`, `steps` and `ax`.
+        metrics: As for `plot_norms`; so are `clipper`, `seed_axis`, `steps` and `ax`.
         clipper: If there are several clippers, the place of one.
         labels: The name of each group, from `smartclip.group_labels`; by default 0, 1, ...
+        seed_axis: Which axis counts the seeds, if one does: 0 or 1.
         steps: The number of each step.
         ax: Where to draw.
 
@@ -163,26 +196,35 @@ def plot_groups(
         >>> print(ax.collections[0].get_array().T)
         [[1.   0.25]]
     """
-    x, clip, _ = _read(metrics, clipper, steps)
-    if not (ran := clip["ran"][:, 0]).any():
+    x, clip, _ = _read(metrics, clipper, seed_axis, steps)
+    drawn = clip["ran"].any(axis=(1, 2))
+    if not drawn.any():
         raise ValueError(f"`metrics` must have steps of a clipper, got {reprlib.repr(metrics)}.")
-    x, norm, scale = x[ran], clip["grad_norm"][ran], clip["clip_scale"][ran]
-    num_groups = norm.shape[1]
+    x, ran, norm, scale = (
+        a[drawn] for a in (x, clip["ran"], clip["grad_norm"], clip["clip_scale"])
+    )
+    _, num_groups, num_seeds = norm.shape
+    finite = ran & np.isfinite(norm)
+    (scale,) = _percentiles(np.where(finite, scale, np.nan), (_MEDIAN,))
     labels = [str(number) for number in range(num_groups)] if labels is None else labels
     if len(labels) != num_groups:
         raise ValueError(f"`labels` must have {num_groups} entries, one a group, got {labels!r}.")
     starts = np.arange(0, len(x), -(-len(x) // _NUM_COLUMNS))
     least = np.fmin.reduceat(scale, starts).T
-    nonfinite = np.logical_or.reduceat(~np.isfinite(norm), starts).T
+    crossed, grey = (
+        np.logical_or.reduceat(mask, starts).T
+        for mask in ((ran & ~finite).any(axis=2), ~finite.any(axis=2))
+    )
     width = x[-1] - x[-2] if len(x) > 1 else 1.0
     edges = np.append(x[starts], x[-1] + width) - width / 2
 
     ax = _new_axes() if ax is None else ax
-    y, shades = np.arange(num_groups + 1) - 0.5, np.ma.masked_where(nonfinite, least)
+    y, shades = np.arange(num_groups + 1) - 0.5, np.ma.masked_where(grey, least)
     colours = plt.get_cmap("Blues_r").with_extremes(bad="0.75")
     image = ax.pcolormesh(edges, y, shades, cmap=colours, clim=(0.0, 1.0), rasterized=True)
-    ax.figure.colorbar(image, ax=ax, label="clip scale", pad=0.02)
-    rows, columns = np.nonzero(nonfinite)
+    label = "clip scale" if num_seeds == 1 else f"clip scale, median of {num_seeds} seeds"
+    ax.figure.colorbar(image, ax=ax, label=label, pad=0.02)
+    rows, columns = np.nonzero(crossed)
     ax.plot((edges[:-1] + edges[1:])[columns] / 2, rows, linestyle="none", **_STYLES["not finite"])
     shown = range(0, num_groups, -(-num_groups // _MAX_LABELS))
     ax.set_yticks(list(shown), [labels[number] for number in shown])
@@ -190,11 +232,54 @@ def plot_groups(
     return ax
 
 
+def _steps_first(
+    array: Float[np.ndarray, "..."], seed_axis: int | None
+) -> Shaped[np.ndarray, "steps groups seeds"]:
+    seeds_last = array[..., None] if seed_axis is None else np.moveaxis(array, seed_axis, -1)
+    num_steps, *groups, num_seeds = seeds_last.shape
+    (num_groups,) = groups or (1,)
+    return seeds_last.reshape(num_steps, num_groups, num_seeds)
+
+
+def _check_axes(clip: Record, skip: Record, seed_axis: int | None) -> None:
+    """Raises ValueError if the counts say that another axis has the steps."""
+    # A step is counted by the clipper or, if it was dropped, by `skip_spikes`.
+    steps = clip["num_steps"]
+    grows, seeds_grow = (
+        np.any(np.diff(steps + skip.get("num_skipped", 0), axis=axis) > 0) for axis in (0, 2)
+    )
+    groups_differ = np.any(np.diff(steps, axis=1) != 0)
+    skip_has_groups = skip and skip["num_skipped"].shape[1] > 1
+    if groups_differ or skip_has_groups or (seeds_grow and not grows):
+        raise ValueError(
+            f"`metrics` must have the steps along axis {int(seed_axis == 0)} if {seed_axis=}, but "
+            f"counts grow along another one.{_SEED_HINT}"
+        )
+
+
 def _new_axes() -> Axes:
     """In a figure of 800 by 350 pixels. Steps are whole numbers."""
     ax = plt.subplots(figsize=(8, 3.5), layout="constrained")[1]
     ax.locator_params(axis="x", integer=True)
     return ax
+
+
+def _percentiles(
+    values: OfSeeds, percentiles: tuple[float, ...]
+) -> Sequence[Float[np.ndarray, "*steps"]]:
+    """Percentiles over the seeds that have a number; NaN where none has."""
+    # numpy.nanpercentile goes through the steps one by one, and takes minutes for a long run.
+    ascending = np.sort(values, axis=-1)  # NaN comes last
+    last = np.maximum(np.count_nonzero(~np.isnan(values), axis=-1, keepdims=True) - 1, 0)
+    found = []
+    for percentile in percentiles:
+        place = last * percentile / 100
+        below, above = (
+            np.take_along_axis(ascending, to_int(place).astype(int), axis=-1)
+            for to_int in (np.floor, np.ceil)
+        )
+        found.append((below + place % 1 * (above - below))[..., 0])
+    return found
 
 
 def _extremes(values: Steps) -> Int[np.ndarray, " kept"]:
@@ -213,11 +298,15 @@ def _records(arrays: Record, fields: tuple[str, ...]) -> dict[str, Record]:
     return {place[:-1]: {field: arrays[place + field] for field in fields} for place in places}
 
 
-def _read(metrics: Metrics, clipper: str | None, steps: Any) -> tuple[Steps, Record, Record]:
+def _read(
+    metrics: Metrics, clipper: str | None, seed_axis: int | None, steps: Any
+) -> tuple[Steps, Record, Record]:
     """The numbers of the steps that renewed a record, that of a clipper and that of `skip_spikes`.
 
     `ran` is False, and the norm is the dropped one, where the clipper did not see a dropped step.
     """
+    if seed_axis not in (None, 0, 1):
+        raise ValueError(f"`seed_axis` must be None, 0 or 1, got {seed_axis!r}.")
     try:
         if not isinstance(metrics, Mapping):
             metrics = {name: [step[name] for step in metrics] for name in metrics[0]}
@@ -225,14 +314,14 @@ def _read(metrics: Metrics, clipper: str | None, steps: Any) -> tuple[Steps, Rec
         arrays = {name: np.asarray(metrics[name], np.float64) for name in known}
         # The largest float32 stands for a threshold that there is not, or a norm that is none.
         arrays = {k: np.where(array < LARGEST, array, np.inf) for k, array in arrays.items()}
-        (total,) = {len(array) for array in arrays.values()}
-        arrays = {k: array.reshape(total, *array.shape[1:2] or (1,)) for k, array in arrays.items()}
+        arrays = {name: _steps_first(array, seed_axis) for name, array in arrays.items()}
+        ((total, num_seeds),) = {(len(array), array.shape[2]) for array in arrays.values()}
         clips, skips = (_records(arrays, fields) for fields in (_CLIP_FIELDS, _SKIP_FIELDS))
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             "`metrics` must be a dictionary of arrays with a leading axis of steps, or a sequence "
             "of dictionaries with the same names and shapes, as smartclip.metrics returns, got "
-            f"{reprlib.repr(metrics)}."
+            f"{reprlib.repr(metrics)}.{_SEED_HINT}"
         ) from error
     if clipper is not None or len(clips) > 1:
         checks.check_choice("clipper", clipper, tuple(clips))
@@ -240,18 +329,20 @@ def _read(metrics: Metrics, clipper: str | None, steps: Any) -> tuple[Steps, Rec
     if x.shape != (total,) or not np.all(np.diff(x) > 0):
         raise ValueError(f"`steps` must be {total} increasing numbers, got {steps!r}.")
 
-    nothing = dict.fromkeys(_CLIP_FIELDS, np.full((total, 1), np.nan))
+    nothing = dict.fromkeys(_CLIP_FIELDS, np.full((total, 1, num_seeds), np.nan))
     clip = clips[clipper] if clipper is not None else next(iter(clips.values()), nothing)
     skip = next(iter(skips.values()), {})
+    _check_axes(clip, skip, seed_axis)
     # A count that did not change belongs to a record that was not renewed.
     clip["ran"] = (np.diff(clip["num_steps"], axis=0, prepend=0) != 0) & bool(clips)
-    drawn = clip["ran"][:, 0]
+    renewed = clip["ran"]
     if skip:
         rises = np.diff(skip["num_skipped"], axis=0, prepend=0) != 0
         skip["dropped"] = rises & (skip["skipped"] > 0)
         instead = skip["skip_norm"] if clip["ran"].shape[1] == 1 else np.nan
         clip["grad_norm"] = np.where(clip["ran"], clip["grad_norm"], instead)
-        drawn = drawn | skip["dropped"][:, 0] | (not clips)
+        renewed = renewed | skip["dropped"] | (not clips)
+    drawn = renewed.any(axis=(1, 2))
     if not drawn.any():
         raise ValueError(f"`metrics` must have at least one step, got {reprlib.repr(metrics)}.")
     clip, skip = ({k: v[drawn] for k, v in record.items()} for record in (clip, skip))

@@ -306,6 +306,155 @@ def test_a_column_of_a_long_heat_map_is_the_least_of_its_steps():
     assert len(ax.get_yticks()) <= 40
 
 
+SEEDS = 7
+
+
+@pytest.fixture(scope="module")
+def seeded():
+    """[seeds, steps], of which one seed alone drops its step 10."""
+    sizes = SIZES * np.random.default_rng(3).lognormal(sigma=0.2, size=(SEEDS, STEPS))
+    sizes[2, 10] = 1e4
+    tx = smartclip.skip_spikes(smartclip.zscore_clip(1.0, warmup_steps=5))
+    return stack_seeds([collect(tx, row) for row in sizes])
+
+
+@pytest.fixture(scope="module")
+def seeded_groups():
+    """[seeds, steps, groups]."""
+    sizes = np.random.default_rng(4).lognormal(sigma=0.3, size=(SEEDS, STEPS, 2))
+    sizes[:, 20, 0] *= 100
+    sizes[:, 25, 1], sizes[3, 30, 0], sizes[3, 32, 0] = NAN, NAN, 50.0
+    tx = smartclip.zscore_clip(scope="per_param", warmup_steps=5)
+    return stack_seeds([collect(tx, rows) for rows in sizes])
+
+
+def stack_seeds(logs):
+    return {name: np.stack([of_seed[name] for of_seed in logs]) for name in logs[0]}
+
+
+def steps_before_seeds(logs):
+    return {name: np.swapaxes(values, 0, 1) for name, values in logs.items()}
+
+
+def percentiles_by_hand(values, percentiles):
+    """Of [seeds, steps], over the seeds that can be drawn; NaN where there are none."""
+    columns = [column[np.isfinite(column)] for column in only_drawable(values).T]
+    nothing = np.full(len(percentiles), NAN)
+    return np.stack([np.percentile(c, percentiles) if len(c) else nothing for c in columns], axis=1)
+
+
+def bands(ax):
+    """The lower and upper edges at each step, by label."""
+    found = {}
+    for band in ax.collections:
+        x, y = np.concatenate([path.vertices for path in band.get_paths()]).T
+        steps = np.arange(1, STEPS + 1)
+        edges = [(y[x == step].min(), y[x == step].max()) if step in x else (NAN, NAN)
+                 for step in steps]  # fmt: skip
+        found[band.get_label()] = np.transpose(edges)
+    return found
+
+
+def test_of_several_seeds_the_median_is_drawn_in_a_band(seeded):
+    ax = plotting.plot_norms(seeded, seed_axis=0, ax=new_axes())
+    lines, areas = drawn(ax), bands(ax)
+    # A dropped step has a norm of its own, and the threshold of the step before.
+    norms = np.where(seeded["skipped"] > 0, seeded["skip_norm"], seeded["grad_norm"])
+    values = {
+        "norm": norms,
+        "threshold": seeded["clip_threshold"],
+        "skip threshold": seeded["skip_norm_threshold"],
+    }
+    for name, of_seeds in values.items():
+        low, median, high = percentiles_by_hand(of_seeds, [10, 50, 90])
+        np.testing.assert_allclose(lines[name][:, 1], median)
+        inside = np.isfinite(low)
+        for edge, expected in zip(areas[f"_{name}"], (low, high), strict=True):
+            np.testing.assert_allclose(edge[inside], expected[inside])
+    title = ax.get_legend().get_title().get_text()
+    assert title.split() == f"{SEEDS} seeds: median, 10th to 90th percentile".split()
+
+
+def test_marks_are_those_of_each_seed_and_the_legend_counts_all(seeded):
+    ax = plotting.plot_norms(seeded, seed_axis=0, ax=new_axes())
+    lines = drawn(ax)
+    assert [11, seeded["skip_norm"][2, 10]] in lines["skipped"].tolist()
+    total = SEEDS * STEPS
+    counts = {
+        "clipped": seeded["num_clipped"][:, -1].sum(),
+        "skipped": seeded["num_skipped"][:, -1].sum(),
+    }
+    for name, count in counts.items():
+        assert count > SEEDS
+        assert f"{name}: {count} ({100 * count / total:.3g} %)" in legend(ax)
+        inside, at_edge = lines[name], lines[f"_{name}"]
+        assert len(inside) + len(at_edge) == count
+
+
+@pytest.mark.parametrize("draw", [plotting.plot_norms, plotting.plot_groups])
+def test_seeds_may_be_counted_by_either_axis_and_steps_be_a_list(draw, seeded, seeded_groups):
+    logs = seeded if draw is plotting.plot_norms else seeded_groups
+    swapped = steps_before_seeds(logs)
+    first, *others = (
+        draw(logs, seed_axis=axis, ax=new_axes())
+        for logs, axis in ((logs, 0), (swapped, 1), (unstack(swapped), 1))
+    )
+    for other in others:
+        jax.tree.map(np.testing.assert_array_equal, drawn(first), drawn(other))
+        for mine, its in zip(first.collections, other.collections, strict=True):
+            np.testing.assert_array_equal(mine.get_array(), its.get_array())
+
+
+def test_one_group_of_several_seeds_is_drawn_by_its_number(seeded_groups):
+    for group in range(2):
+        lines = drawn(plotting.plot_norms(seeded_groups, seed_axis=0, group=group, ax=new_axes()))
+        (median,) = percentiles_by_hand(seeded_groups["grad_norm"][..., group], [50])
+        np.testing.assert_allclose(lines["norm"][:, 1], median)
+
+
+def test_the_heat_map_of_several_seeds_has_their_median(seeded_groups):
+    ax = plotting.plot_groups(seeded_groups, seed_axis=0, ax=new_axes())
+    values = ax.collections[0].get_array()
+    finite = np.isfinite(seeded_groups["grad_norm"])
+    scales = np.where(finite, seeded_groups["clip_scale"], NAN)
+    # Grey where no seed has a norm, a cross where one has none.
+    assert np.argwhere(values.mask).tolist() == [[1, 25]]
+    assert drawn(ax)["_child1"].tolist() == [[31, 0], [26, 1]]
+    for group, row in enumerate(values):
+        (median,) = percentiles_by_hand(scales[..., group], [50])
+        np.testing.assert_allclose(row.filled(NAN), median)
+    # All seeds were clipped in step 21, one of them in step 33.
+    assert values[0, 20] < 0.1
+    assert values[0, 32] > seeded_groups["clip_scale"][3, 32, 0]
+    assert ax.figure.axes[1].get_ylabel() == f"clip scale, median of {SEEDS} seeds"
+
+
+@pytest.mark.parametrize("draw", [plotting.plot_norms, plotting.plot_groups])
+def test_an_axis_of_seeds_that_was_not_named_or_is_another_one_is_an_error(
+    draw, seeded, seeded_groups, grouped
+):
+    without_skips = {name: values for name, values in seeded.items() if "skip" not in name}
+    skips_alone = {name: values for name, values in seeded.items() if "skip" in name}
+    alike = {name: np.tile(values[:1], (SEEDS, 1)) for name, values in seeded.items()}
+    for logs, axis in (
+        (seeded, None),
+        (without_skips, None),
+        (skips_alone, None),
+        (alike, None),
+        (steps_before_seeds(seeded), None),
+        (seeded, 1),
+        (seeded_groups, 1),
+        (seeded_groups, None),
+        (steps_before_seeds(seeded), 0),
+        (steps_before_seeds(seeded_groups), 0),
+        (grouped, 0),
+    ):
+        with pytest.raises(ValueError, match=r"seed_axis=0 with the shape \[seeds, steps\]"):
+            draw(logs, seed_axis=axis, ax=new_axes())
+    with pytest.raises(ValueError, match="`seed_axis` must be None, 0 or 1, got 2"):
+        draw(seeded_groups, seed_axis=2, ax=new_axes())
+
+
 def test_draws_where_it_is_told_and_changes_no_setting(plain, grouped):
     before = dict(mpl.rcParams)
     backend = mpl.get_backend()
