@@ -1,17 +1,41 @@
-"""Adopting a clipper in a run that is under way, without losing what its optimizer has learnt."""
+"""Adopting a clipper, or another model, in a run under way without losing what it has learnt."""
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from optax_smartclip.engine.trees import KeyPath, PyTree, leaves_by_name, path_name
+from optax_smartclip.engine import checks
+from optax_smartclip.engine.regroup import (
+    Clipper,
+    Rows,
+    as_array,
+    check_has_values,
+    is_clipper,
+    is_float,
+    kind,
+    rebuild,
+)
+from optax_smartclip.engine.trees import KeyPath, PyTree, path_name
+
+Nodes = list[tuple[KeyPath, Any]]
+
+# The names that lead to a field of a state, and the path of the parameter below it; None where
+# the numbers in that are no names.
+Identity = tuple[tuple[str, ...], tuple[str, ...] | None]
 
 
-def graft(saved: PyTree, opt_state: PyTree) -> PyTree:
+def graft(
+    saved: PyTree,
+    opt_state: PyTree,
+    *,
+    on_mismatch: Any = None,
+    saved_labels: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
+    cast: Any = False,
+) -> PyTree:
     """Puts everything but the clippers of a saved optimizer state into a new one.
 
     For a run that goes on with another clipper in its chain than it was saved with, with one more
@@ -22,16 +46,30 @@ def graft(saved: PyTree, opt_state: PyTree) -> PyTree:
     a target. A clipper that `saved` has under the same names, with the same fields and shapes,
     goes on where it was; any other starts anew.
 
+    With `on_mismatch`, the model may have changed as well. What both have goes on. What is new, or
+    has another shape, starts as `init` starts it, and what only `saved` has is left out. Numbers in
+    the path of a parameter are then names, too. A clipper with several groups has no names in its
+    state: it goes on only if both lists of labels are given, each group from the one of its label.
+
     Args:
         saved: The optimizer state of the run so far.
-        opt_state: What `init` of the new transformation returns for the same parameters.
+        opt_state: What `init` of the new transformation returns for the parameters.
+        on_mismatch: None, where all but clippers must fit, or a function such as `print` or
+            `logging.warning`. It is called with one line of text for each leaf, clipper or group
+            that starts or is left out.
+        saved_labels: What `group_labels` returns for the scope of the clipper and the parameters of
+            `saved`. For all clippers with as many groups, before and after.
+        labels: The same for the parameters of `opt_state`.
+        cast: Whether a leaf may have another float dtype than in `opt_state`, such as bfloat16, and
+            is then cast. Integers are not.
 
     Returns:
         The new state, with the structure of `opt_state`.
 
     Raises:
         ValueError: If, clippers apart, a leaf of either has no counterpart of the same name, shape
-            and dtype in the other.
+            and dtype in the other, unless `on_mismatch` or `cast` allows it; if a group has none
+            of the same label, unless `on_mismatch` allows it; or if the labels fit no clipper.
 
     Example:
         >>> import jax.numpy as jnp
@@ -44,52 +82,203 @@ def graft(saved: PyTree, opt_state: PyTree) -> PyTree:
         >>> opt_state = smartclip.graft(saved, new.init(params))
         >>> print(optax.tree.get(opt_state, "trace"))
         {'w': Array([3., 4.], dtype=float32)}
+
+        With a parameter more:
+
+        >>> grown = params | {"v": jnp.zeros(1)}
+        >>> opt_state = smartclip.graft(saved, old.init(grown), on_mismatch=print)
+        started '0/trace/v'
+        >>> print(optax.tree.get(opt_state, "trace"))
+        {'v': Array([0.], dtype=float32), 'w': Array([3., 4.], dtype=float32)}
     """
-    candidates = defaultdict(list)
-    for path, node in _in_order(saved):
-        candidates[_names(path), _clipper_fields(node)].append((path, node))
-
-    counterparts = []
-    template = _in_order(opt_state)
-    for path, node in template:
-        fields = _clipper_fields(node)
-        same_names = candidates[_names(path), fields]
-        if fields is not None:
-            clipper = same_names.pop(0)[1] if same_names else node
-            counterparts.append(_rebuild(clipper, node))
-            continue
-        if not same_names:
-            raise ValueError(f"`saved` has nothing for {path_name(path)!r} of `opt_state`.")
-        saved_path, leaf = same_names.pop(0)
-        if _kind(leaf) != _kind(node):
-            raise ValueError(
-                f"`saved` must have {path_name(saved_path)!r} with shape and dtype {_kind(node)}, "
-                f"as `opt_state` has, got {_kind(leaf)}."
-            )
-        counterparts.append(leaf)
-
-    unused = [
-        path_name(path)
-        for (_, fields), nodes in candidates.items()
-        for path, _ in nodes
-        if fields is None
-    ]
-    if unused:
-        raise ValueError(f"`opt_state` has no place for {unused} of `saved`.")
-    by_path = {path: node for (path, _), node in zip(template, counterparts, strict=True)}
+    checks.check_flag("cast", cast)
+    if on_mismatch is not None and not callable(on_mismatch):
+        raise ValueError(
+            f"`on_mismatch` must be None or a function of one line of text, got {on_mismatch!r}."
+        )
+    old, new = _in_order(saved), _in_order(opt_state)
+    _check_labels(saved_labels, labels, old, new)
+    match = _Match(on_mismatch, saved_labels, labels, cast)
+    fields = set() if on_mismatch is None else set(_fields_of_tuples(opt_state))
+    by_path = match.leaves(_leaves(old), _leaves(new), fields)
+    by_path |= match.clippers(_clippers(old), _clippers(new))
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: by_path[path], opt_state, is_leaf=_is_clipper
+        lambda path, _: by_path[path], opt_state, is_leaf=is_clipper
     )
 
 
-def _in_order(tree: PyTree) -> list[tuple[KeyPath, Any]]:
+@dataclasses.dataclass(frozen=True)
+class _Match:
+    """Finds what each part of a new state goes on from.
+
+    Attributes:
+        on_mismatch, saved_labels, labels, cast: As given to `graft`.
+        reshaped: The paths of parameters that were found to have another shape.
+    """
+
+    on_mismatch: Callable[[str], Any] | None
+    saved_labels: Sequence[str] | None
+    labels: Sequence[str] | None
+    cast: bool
+    reshaped: set[str] = dataclasses.field(default_factory=set)
+
+    def leaves(self, old: Nodes, new: Nodes, fields: Collection[KeyPath]) -> dict[KeyPath, Any]:
+        """For leaves that are no clipper's; `fields` are those below which numbers are names."""
+        identities = {path: _identity(path, fields) for path, _ in new}
+        counts = Counter(identities.values())
+        candidates: dict[Identity, Nodes] = defaultdict(list)
+        for path, leaf in old:
+            possible = _possible_identities(path)
+            known = next((each for each in possible if each in counts), possible[-1])
+            candidates[known].append((path, leaf))
+        unused: Nodes = []
+        for identity, same in candidates.items():
+            # Which is which is known by their order only if all of them are there.
+            if self.on_mismatch and len(same) != counts[identity]:
+                unused += same
+                same.clear()
+
+        by_path = {}
+        for path, like in new:
+            same = candidates[identities[path]]
+            if not same:
+                problem = f"`saved` has nothing for {path_name(path)!r} of `opt_state`."
+                by_path[path] = self.start(path, like, problem)
+                continue
+            saved_path, leaf = same.pop(0)
+            problem = (
+                f"`saved` must have {path_name(saved_path)!r} with shape and dtype {kind(like)}, "
+                f"as `opt_state` has, got {kind(leaf)}."
+            )
+            shape, expected = kind(leaf)[0], kind(like)[0]
+            if shape == expected:
+                by_path[path] = self.cast_leaf(leaf, like, problem)
+            else:
+                detail = f": its shape is {expected} and was {shape}"
+                by_path[path] = self.start(path, like, problem, detail)
+                self.reshaped.add("/".join(identities[path][1] or ()))
+        names = [path_name(path) for path, _ in sum(candidates.values(), unused)]
+        if names:
+            problem = f"`opt_state` has no place for {names} of `saved`."
+            self.tell(problem, *(f"left out {name!r}" for name in names))
+        return by_path
+
+    def cast_leaf(self, leaf: Any, like: Any, problem: str) -> Any:
+        """A leaf in the dtype of another, where that is allowed."""
+        if kind(leaf) == kind(like):
+            return leaf
+        if not (is_float(leaf) and is_float(like)):
+            raise ValueError(problem)
+        if not self.cast:
+            raise ValueError(f"{problem} With `cast=True`, it is cast.")
+        return as_array(leaf).astype(as_array(like).dtype)
+
+    def clippers(self, old: Nodes, new: Nodes) -> dict[KeyPath, Any]:
+        """For clippers, of which one without a counterpart is no error."""
+        remaining = [(path, Clipper.of(node)) for path, node in old]
+        by_path, lines = {}, []
+        for path, node in new:
+            by_path[path], name, clipper = node, path_name(path), Clipper.of(node)
+            alike = [
+                candidate
+                for saved_path, candidate in remaining
+                if _names(saved_path) == _names(path)
+                and candidate.kind(cast=self.cast) == clipper.kind(cast=self.cast)
+            ]
+            for candidate in alike:
+                rows = self.rows(candidate, clipper, name)
+                if rows is not None:
+                    by_path[path] = rebuild(candidate.go_on(clipper, rows), node)
+                    remaining = [item for item in remaining if item[1] is not candidate]
+                    break
+            else:
+                unknown = ": `saved_labels` and `labels` do not tell its groups" if alike else ""
+                lines.append(f"started {name!r}{unknown}")
+        lines += [f"left out {path_name(path)!r}" for path, _ in remaining]
+        if self.on_mismatch is not None:
+            self.tell("", *lines)
+        return by_path
+
+    def rows(self, old: Clipper, new: Clipper, name: str) -> Rows | None:
+        """Where each group of a clipper is in a saved one; None if that cannot be known."""
+        before, after = self.saved_labels, self.labels
+        if before and after and (old.num_groups, new.num_groups) == (len(before), len(after)):
+            row_of = {label: row for row, label in enumerate(before) if not self.is_reshaped(label)}
+            for label in after:
+                if label not in row_of:
+                    problem = f"`saved_labels` has nothing for {label!r} of `labels`."
+                    self.tell(problem, f"started {name!r}, group {label!r}")
+            for label in before:
+                if label not in after:
+                    problem = f"`labels` has no place for {label!r} of `saved_labels`."
+                    self.tell(problem, f"left out {name!r}, group {label!r}")
+            return [row_of.get(label) for label in after]
+        by_position = self.on_mismatch is None or new.num_groups in (None, 0, 1)
+        if old.num_groups == new.num_groups and by_position:
+            return range(new.num_groups or 0)
+        return None
+
+    def is_reshaped(self, label: str) -> bool:
+        """Whether a label names a parameter, or a layer with one, that has another shape now."""
+        return any(f"{name}/".startswith(f"{label}/") for name in self.reshaped)
+
+    def start(self, path: KeyPath, like: Any, problem: str, detail: str = "") -> Any:
+        """What a new leaf begins with."""
+        self.tell(problem, f"started {path_name(path)!r}{detail}")
+        check_has_values(like)
+        return like
+
+    def tell(self, problem: str, *lines: str) -> None:
+        """Raises an error with the problem, or says what is done instead."""
+        if self.on_mismatch is None:
+            raise ValueError(
+                f"{problem} With `on_mismatch=print`, what is new starts, what has no place is "
+                "left out, and both are printed."
+            )
+        for line in lines:
+            self.on_mismatch(line)
+
+
+def _check_labels(
+    saved_labels: Sequence[str] | None, labels: Sequence[str] | None, old: Nodes, new: Nodes
+) -> None:
+    """Raises ValueError unless both or neither are given, and each fits a clipper."""
+    if (saved_labels is None) != (labels is None):
+        raise ValueError(
+            "`saved_labels` and `labels` must be given together, "
+            f"got {saved_labels=} and {labels=}."
+        )
+    if saved_labels is None or labels is None:
+        return
+    for argument, given, state, nodes in (
+        ("saved_labels", saved_labels, "saved", old),
+        ("labels", labels, "opt_state", new),
+    ):
+        clippers = (Clipper.of(node) for _, node in _clippers(nodes))
+        sizes = sorted({each.num_groups for each in clippers if each.num_groups is not None})
+        if isinstance(given, str) or len(set(given)) < len(given) or len(given) not in sizes:
+            raise ValueError(
+                f"`{argument}` must be different labels, one for each group of a clipper of "
+                f"`{state}` (there are clippers of {sizes} groups), got {given!r}."
+            )
+
+
+def _in_order(tree: PyTree) -> Nodes:
     """Leaves and clippers with their paths; the tenth layer behind the ninth, also by its name."""
-    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_clipper)
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_clipper)
     return sorted(nodes, key=lambda item: [_natural(name) for name in _parts(item[0])])
 
 
 def _natural(name: str) -> tuple[int, str]:
     return (int(name), "") if name.isdecimal() else (-1, name)
+
+
+def _leaves(nodes: Nodes) -> Nodes:
+    return [(path, node) for path, node in nodes if not is_clipper(node)]
+
+
+def _clippers(nodes: Nodes) -> Nodes:
+    return [(path, node) for path, node in nodes if is_clipper(node)]
 
 
 def _parts(path: KeyPath) -> list[str]:
@@ -98,42 +287,37 @@ def _parts(path: KeyPath) -> list[str]:
 
 def _names(path: KeyPath) -> tuple[str, ...]:
     """A path without what one more link in a chain, or a wrapper around it, would change."""
-    return tuple(name for name in _parts(path) if not name.isdecimal() and name != "inner_state")
+    return _stable(_parts(path))
 
 
-def _is_clipper(node: Any) -> bool:
-    """Whether a node is a clipper's state, or the dictionary that became of one.
-
-    Or either within another state, as of `inject_hyperparams`. What `skip_spikes` knows of past
-    steps is one as well; the optimizer inside it is not.
-    """
-    fields = _fields(node)
-    if "detector" in fields:
-        return False
-    wrapped = "inner_state" in fields and _is_clipper(fields["inner_state"])
-    return wrapped or {"num_observed", "last"} <= fields.keys()
+def _stable(parts: list[str]) -> tuple[str, ...]:
+    return tuple(name for name in parts if not name.isdecimal() and name != "inner_state")
 
 
-def _fields(node: Any) -> Mapping[Any, Any]:
-    if dataclasses.is_dataclass(node):
-        return {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
-    fields = node._asdict() if hasattr(node, "_asdict") else node
-    return fields if isinstance(fields, Mapping) else {}
+def _fields_of_tuples(node: PyTree, path: KeyPath = ()) -> Iterator[KeyPath]:
+    """The paths of all fields of named tuples: states of Optax, below which parameters begin."""
+    children = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda child: child is not node)
+    for key, child in children:
+        if child is not node:
+            if hasattr(node, "_fields"):
+                yield path + key
+            yield from _fields_of_tuples(child, path + key)
 
 
-def _clipper_fields(node: Any) -> frozenset[Any] | None:
-    """Names, shapes and dtypes of what a clipper consists of; None for anything else."""
-    if not _is_clipper(node):
-        return None
-    return frozenset((name, *_kind(leaf)) for name, leaf in leaves_by_name(node).items())
+def _identity(path: KeyPath, fields: Collection[KeyPath]) -> Identity:
+    """What a leaf of the new state is called."""
+    begin = max((depth for depth in range(len(path) + 1) if path[:depth] in fields), default=None)
+    if begin is None:
+        return _names(path), None
+    return _names(path[:begin]), tuple(_parts(path[begin:]))
 
 
-def _rebuild(clipper: Any, like: Any) -> Any:
-    leaves = leaves_by_name(clipper)
-    in_order = [leaves[name] for name in leaves_by_name(like)]
-    return jax.tree.unflatten(jax.tree.structure(like), in_order)
-
-
-def _kind(leaf: Any) -> tuple[tuple[int, ...], str]:
-    array = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-    return tuple(array.shape), str(array.dtype)
+def _possible_identities(path: KeyPath) -> list[Identity]:
+    """What a saved leaf may be called: where its parameter begins is not known without types."""
+    parts = _parts(path)
+    known = [
+        (_stable(parts[:begin]), tuple(parts[begin:]) or ("",))
+        for begin in range(1, len(parts) + 1)
+        if not parts[begin - 1].isdecimal()
+    ]
+    return [*known, (_stable(parts), None)]

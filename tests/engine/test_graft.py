@@ -3,6 +3,8 @@
 import itertools
 
 import flax.serialization
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -376,3 +378,111 @@ def test_skip_spikes_comes_and_goes_without_what_is_inside_being_lost(tmp_path):
         assert_same_bits(jax.tree.map(jnp.asarray, other.detector), saved.detector)
         assert_same_bits(jax.tree.map(jnp.asarray, other.inner_state[1]), saved.inner_state[1])
         assert other.inner_state[0].last.num_steps == 0
+
+
+# Models that change.
+
+
+def of_each(scope="per_param", size=4):
+    return smartclip.autoclip(90.0, history=smartclip.ring_buffer(size), scope=scope)
+
+
+def labels_of(saved, params, scope="per_param"):
+    """What is given to `graft` so that groups are told apart by their labels."""
+    return {
+        "saved_labels": smartclip.group_labels(scope, saved),
+        "labels": smartclip.group_labels(scope, params),
+    }
+
+
+def zeros(*shape):
+    return np.zeros(shape, np.float32)
+
+
+def without(tree, *names):
+    return {name: tree[name] for name in tree if name not in names}
+
+
+BASE = {"dense": {"kernel": zeros(3, 2)}, "head": {"kernel": zeros(2, 2), "bias": zeros(2)}}
+LAYERS = [{"w": zeros(3)}, {"w": zeros(3)}]
+NUMBERS = {"0": zeros(2), "1": zeros(2), "2": zeros(2)}
+CHANGES = {
+    "LoRA": (BASE, BASE | {"a_lora": {"A": zeros(3, 1), "B": zeros(1, 2)}}),
+    "a layer more": (LAYERS, [*LAYERS, {"w": zeros(3)}]),
+    "a layer less": (LAYERS, LAYERS[:1]),
+    "a new head": (BASE, BASE | {"head": {"kernel": zeros(2, 5), "bias": zeros(5)}}),
+    "a parameter in place of another": (BASE, without(BASE, "head") | {"tail": BASE["head"]}),
+    "a number in place of another": (NUMBERS, without(NUMBERS, "1") | {"3": zeros(2)}),
+    "nothing in common": ({"v": zeros(2), "w": zeros(2)}, {"x": zeros(2), "y": zeros(2)}),
+}
+
+
+def by_name(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def row(clipper, group, num_groups):
+    """What a clipper knows of one group, as it would be in a state for this group alone."""
+    alone = of_each().init({"x": zeros(1)})
+    return jax.tree.map(
+        lambda leaf, like: np.reshape(np.reshape(leaf, (num_groups, -1))[group], like.shape),
+        clipper,
+        alone,
+    )
+
+
+@pytest.mark.parametrize(("before", "now"), CHANGES.values(), ids=CHANGES)
+def test_what_both_models_have_goes_on_and_the_rest_starts(before, now, tmp_path):
+    _, saved = run(optax.chain(of_each(), adam()), params=before, compiled=True)
+    new = optax.chain(of_each(), adam()).init(now)
+    old_shapes, shapes = ({n: x.shape for n, x in by_name(t).items()} for t in (before, now))
+    grads = [by_name(grad) for grad in gradients(before)]
+    moments = {name: by_name(getattr(saved[1][0], name)) for name in ("mu", "nu")}
+    told = [
+        *[f"started {f'1/0/{m}/{n}'!r}" for m in moments for n in shapes.keys() - old_shapes],
+        *[
+            f"started {f'1/0/{m}/{n}'!r}: its shape is {shapes[n]} and was {old_shapes[n]}"
+            for m in moments
+            for n in shapes.keys() & old_shapes
+            if shapes[n] != old_shapes[n]
+        ],
+        *[f"left out {f'1/0/{m}/{n}'!r}" for m in moments for n in old_shapes.keys() - shapes],
+        *[f"started '0', group {n!r}" for n in shapes if shapes[n] != old_shapes.get(n)],
+        *[f"left out '0', group {n!r}" for n in old_shapes.keys() - shapes],
+    ]
+    for form in in_every_form(saved, tmp_path):
+        lines = []
+        state = smartclip.graft(form, new, on_mismatch=lines.append, **labels_of(before, now))
+        assert sorted(lines) == sorted(told)
+        assert jax.tree.structure(state) == jax.tree.structure(new)
+        assert state[1][0].count == STEPS
+        for moment, of_name in moments.items():
+            for name, leaf in by_name(getattr(state[1][0], moment)).items():
+                kept = shapes[name] == old_shapes.get(name)
+                np.testing.assert_array_equal(leaf, of_name[name] if kept else 0)
+        for group, name in enumerate(shapes):
+            # A clipper of this parameter alone has seen all of its norms, or none.
+            kept = shapes[name] == old_shapes.get(name)
+            norms = [np.linalg.norm(grad[name]).reshape(1) for grad in grads if kept]
+            _, alone = run(of_each(), params={"x": zeros(1)}, grads=[{"x": norm} for norm in norms])
+            assert_close(row(state[0], group, len(shapes)), alone, rtol=1e-6)
+
+
+NAMES = st.lists(st.sampled_from("abcde"), min_size=2, max_size=4, unique=True)
+
+
+@hypothesis.given(before=NAMES, now=NAMES)
+def test_every_label_has_the_history_that_it_had_or_that_of_init(before, now):
+    tx = smartclip.zscore_clip(scope="per_param")
+    fresh = tx.init(dict.fromkeys(now, zeros(1)))
+    marks = np.asarray([ord(name) for name in before])
+    saved = jax.tree.map(
+        lambda leaf: marks.astype(leaf.dtype), tx.init(dict.fromkeys(before, zeros(1)))
+    )
+    state = smartclip.graft(saved, fresh, on_mismatch=[].append, saved_labels=before, labels=now)
+    for leaf, initial in zip(jax.tree.leaves(state), jax.tree.leaves(fresh), strict=True):
+        assert (leaf.shape, leaf.dtype) == (initial.shape, initial.dtype)
+        for group, name in enumerate(now):
+            expected = np.asarray(ord(name), leaf.dtype) if name in before else initial[group]
+            assert leaf[group] == expected
