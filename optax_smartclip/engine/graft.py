@@ -12,7 +12,6 @@ from optax_smartclip.engine.regroup import (
     Clipper,
     Rows,
     as_array,
-    check_has_values,
     is_clipper,
     is_float,
     kind,
@@ -140,10 +139,9 @@ class _Match:
 
         by_path = {}
         for path, like in new:
-            same = candidates[identities[path]]
+            by_path[path], name, same = like, path_name(path), candidates[identities[path]]
             if not same:
-                problem = f"`saved` has nothing for {path_name(path)!r} of `opt_state`."
-                by_path[path] = self.start(path, like, problem)
+                self.tell(f"`saved` has nothing for {name!r} of `opt_state`.", f"started {name!r}")
                 continue
             saved_path, leaf = same.pop(0)
             problem = (
@@ -154,8 +152,7 @@ class _Match:
             if shape == expected:
                 by_path[path] = self.cast_leaf(leaf, like, problem)
             else:
-                detail = f": its shape is {expected} and was {shape}"
-                by_path[path] = self.start(path, like, problem, detail)
+                self.tell(problem, f"started {name!r}: its shape is {expected} and was {shape}")
                 self.reshaped.add("/".join(identities[path][1] or ()))
         names = [path_name(path) for path, _ in sum(candidates.values(), unused)]
         if names:
@@ -221,12 +218,6 @@ class _Match:
     def is_reshaped(self, label: str) -> bool:
         """Whether a label names a parameter, or a layer with one, that has another shape now."""
         return any(f"{name}/".startswith(f"{label}/") for name in self.reshaped)
-
-    def start(self, path: KeyPath, like: Any, problem: str, detail: str = "") -> Any:
-        """What a new leaf begins with."""
-        self.tell(problem, f"started {path_name(path)!r}{detail}")
-        check_has_values(like)
-        return like
 
     def tell(self, problem: str, *lines: str) -> None:
         """Raises an error with the problem, or says what is done instead."""

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from optax_smartclip.engine.states import select_groups
-from optax_smartclip.engine.trees import PyTree, leaves_by_name
+from optax_smartclip.engine.trees import leaves_by_name
 
 # The row of each new group in the saved state; None for a group that starts.
 Rows = Sequence[int | None]
@@ -99,7 +99,7 @@ class Clipper:
     def _go_on(self, leaf: Any, fresh: Any, rows: Rows, new: "Clipper") -> Any:
         if self.num_groups is None or list(rows) == list(range(self.num_groups)):
             return _cast(leaf, fresh)
-        check_has_values(fresh)
+        _check_has_values(fresh)
         kept = [row is not None for row in rows]
         if not any(kept):
             return fresh
@@ -124,21 +124,20 @@ def _cast(leaf: Any, fresh: Any) -> Any:
     """
     if kind(leaf)[1] == kind(fresh)[1]:
         return leaf
-    check_has_values(fresh)
+    _check_has_values(fresh)
     narrow, start = jnp.asarray(leaf), jnp.asarray(fresh)
     return jnp.where(narrow == start.astype(narrow.dtype), start, narrow.astype(start.dtype))
-
-
-def check_has_values(tree: PyTree) -> None:
-    """Raises ValueError if a leaf is only a shape."""
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
-        raise ValueError(
-            "`opt_state` must have arrays, and not only their shapes, where something starts or is "
-            "cast: pass what `init` returns."
-        )
 
 
 def rebuild(leaves: dict[str, Any], like: Any) -> Any:
     """A node with the structure of `like`, from leaves by name."""
     in_order = [leaves[name] for name in leaves_by_name(like)]
     return jax.tree.unflatten(jax.tree.structure(like), in_order)
+
+
+def _check_has_values(leaf: Any) -> None:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise ValueError(
+            "`opt_state` must have arrays, and not only their shapes, where a clipper gets other "
+            "groups or is cast: pass what `init` returns."
+        )

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from clipper_table import CLIPPERS
 from trees import assert_close, assert_same_bits
 
 import optax_smartclip as smartclip
@@ -486,3 +487,245 @@ def test_every_label_has_the_history_that_it_had_or_that_of_init(before, now):
         for group, name in enumerate(now):
             expected = np.asarray(ord(name), leaf.dtype) if name in before else initial[group]
             assert leaf[group] == expected
+
+
+def test_by_default_a_model_that_has_changed_is_an_error_that_names_the_way_out():
+    saved, (before, now) = after(optax.chain(of_each(), sgd()), BASE), CHANGES["LoRA"]
+    for old, new in (before, now), (now, before), CHANGES["a new head"]:
+        for tx in sgd(), optax.chain(of_each(), sgd()):
+            with pytest.raises(ValueError, match="`on_mismatch=print`"):
+                smartclip.graft(tx.init(old), tx.init(new))
+    # Labels do not change that, also where the optimizer has nothing for a parameter.
+    clipper = optax.chain(of_each(), optax.sgd(0.1))
+    for old, new, message in (
+        (before, now, "`saved_labels` has nothing for 'a_lora/A' of `labels`"),
+        (now, before, "`labels` has no place for 'a_lora/A' of `saved_labels`"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            smartclip.graft(clipper.init(old), clipper.init(new), **labels_of(old, new))
+        assert "`on_mismatch=print`" in str(error.value)
+    assert_same_bits(
+        smartclip.graft(saved, optax.chain(of_each(), sgd()).init(BASE), **labels_of(BASE, BASE)),
+        saved,
+    )
+
+
+def test_without_labels_a_clipper_goes_on_only_if_it_has_one_group():
+    lines = []
+    tx = optax.chain(autoclip(), of_each(), sgd())
+    now = CHANGES["a parameter in place of another"][1]
+    saved, fresh = after(tx, BASE), tx.init(now)
+    state = smartclip.graft(saved, fresh, on_mismatch=lines.append)
+    assert_same_bits(state[:2], (saved[0], fresh[1]))
+    # As many groups as before are not the same.
+    assert "started '1': `saved_labels` and `labels` do not tell its groups" in lines
+    assert "left out '1'" in lines
+    state = smartclip.graft(saved, fresh, on_mismatch=[].append, **labels_of(BASE, now))
+    assert_same_bits(state[0], saved[0])
+    assert list(state[1].num_observed) == [STEPS, 0, 0]
+
+
+def test_clippers_that_come_and_go_are_told():
+    lines = []
+    saved = after(optax.chain(autoclip(), sgd()))
+    new = optax.chain(sgd(), smartclip.zscore_clip())
+    smartclip.graft(saved, new.init(PARAMS), on_mismatch=lines.append)
+    assert lines == ["started '1'", "left out '0'"]
+
+
+def test_what_only_its_order_tells_goes_on_only_if_all_of_it_is_there():
+    lines = []
+    saved = after(optax.chain(optax.trace(0.9), optax.trace(0.5)))
+    same = smartclip.graft(
+        saved, optax.chain(optax.trace(0.9), optax.trace(0.5)).init(PARAMS), on_mismatch=print
+    )
+    assert_same_bits(same, saved)
+    one = smartclip.graft(saved, optax.trace(0.5).init(PARAMS), on_mismatch=lines.append)
+    assert_same_bits(one, optax.trace(0.5).init(PARAMS))
+    assert len(lines) == 6
+
+
+FREEZERS = {
+    "masked": (
+        lambda tx, mask: optax.masked(tx, mask),
+        lambda state: state.inner_state,
+    ),
+    "partition": (
+        lambda tx, mask: optax.partition({True: tx, False: optax.set_to_zero()}, mask),
+        lambda state: state.inner_states[True].inner_state,
+    ),
+}
+
+
+@pytest.mark.parametrize(("freeze", "inside"), FREEZERS.values(), ids=FREEZERS)
+@pytest.mark.parametrize(("frozen", "thawed"), [("base", "lora"), ("lora", "base")])
+def test_what_is_trained_before_and_after_others_are_frozen_goes_on(freeze, inside, frozen, thawed):
+    params = {name: {"w": zeros(2)} for name in ("base", "head", "lora")}
+    before, now = (
+        freeze(optax.chain(of_each(), adam()), {name: name != out for name in params})
+        for out in (thawed, frozen)
+    )
+    _, saved = run(before, params=params, compiled=True)
+    labels = labels_of(without(params, thawed), without(params, frozen))
+    lines = []
+    state = smartclip.graft(saved, now.init(params), on_mismatch=lines.append, **labels)
+    # Of the one that thaws and of the one that freezes, two moments and a group.
+    assert len(lines) == 6
+    (old_clipper, (old_adam, _)), (clipper, (new_adam, _)) = inside(saved), inside(state)
+    assert new_adam.count == STEPS
+    for moment in "mu", "nu":
+        assert_same_bits(getattr(new_adam, moment)["head"], getattr(old_adam, moment)["head"])
+        assert_same_bits(getattr(new_adam, moment)[thawed], {"w": jnp.zeros(2)})
+    row_of = {each: names.index for each, names in labels.items()}
+    assert_same_bits(
+        row(clipper, row_of["labels"]("head/w"), 2),
+        row(old_clipper, row_of["saved_labels"]("head/w"), 2),
+    )
+    fresh = of_each().init({"x": zeros(1)})
+    assert_same_bits(row(clipper, row_of["labels"](f"{thawed}/w"), 2), row(fresh, 0, 1))
+
+
+WITHIN = {
+    "skip_spikes": lambda tx: smartclip.skip_spikes(tx, warmup_steps=2),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 1).gradient_transformation(),
+    "inject_hyperparams": WRAPPERS["inject_hyperparams"],
+}
+
+
+@pytest.mark.parametrize("wrap", WITHIN.values(), ids=WITHIN)
+def test_within_a_wrapper_groups_follow_their_labels(wrap, tmp_path):
+    before, now = {"b": zeros(2), "c": zeros(2)}, {name: zeros(2) for name in "abc"}
+    tx = wrap(optax.chain(of_each(), sgd()))
+    _, saved = run(tx, params=before, compiled=True)
+    for form in in_every_form(saved, tmp_path):
+        state = smartclip.graft(form, tx.init(now), on_mismatch=[].append, **labels_of(before, now))
+        assert jax.tree.structure(state) == jax.tree.structure(tx.init(now))
+        for name, leaf in by_name(state).items():
+            old = by_name(saved).get(name)
+            if old is None:
+                assert name.split("/")[-1] == "a"
+            elif leaf.shape == old.shape:
+                np.testing.assert_array_equal(leaf, old, err_msg=name)
+            else:
+                assert leaf.shape[0] == 3
+                np.testing.assert_array_equal(leaf[1:], old, err_msg=name)
+
+
+def test_a_clipper_with_scheduled_arguments_keeps_its_count_and_its_groups():
+    scheduled = optax.inject_hyperparams(smartclip.autoclip, static_args="scope")(
+        percentile=optax.constant_schedule(90.0), scope="per_param"
+    )
+    before, now = {"b": zeros(2)}, {"a": zeros(2), "b": zeros(2)}
+    saved = after(scheduled, before)
+    state = smartclip.graft(
+        saved, scheduled.init(now), on_mismatch=[].append, **labels_of(before, now)
+    )
+    assert state.count == STEPS
+    assert list(state.inner_state.last.num_steps) == [0, STEPS]
+    assert list(state.inner_state.rule.length) == [0, STEPS]
+
+
+def narrow(tree):
+    """With floating-point numbers in bfloat16, as some programs save an optimizer's state."""
+    return jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf, tree
+    )
+
+
+def test_a_state_in_bfloat16_goes_on_if_it_may_be_cast(tmp_path):
+    tx = optax.chain(
+        smartclip.autoclip(history=smartclip.ring_buffer(8), scope="per_param"), adam()
+    )
+    # Norms that bfloat16 has, fewer than the window.
+    grads = [jax.tree.map(lambda leaf: np.full_like(leaf, 0), PARAMS) for _ in range(STEPS)]
+    for step, grad in enumerate(grads):
+        grad["bias"][0] = grad["body"]["kernel"][0, 0] = 1 + step
+    _, saved = run(tx, grads=grads, compiled=True)
+    for form in in_every_form(narrow(saved), tmp_path):
+        with pytest.raises(ValueError, match="With `cast=True`, it is cast"):
+            smartclip.graft(form, tx.init(PARAMS))
+        state = smartclip.graft(form, tx.init(PARAMS), cast=True)
+        assert_same_bits(state[0].rule, saved[0].rule)
+        assert_same_bits(state[0].num_observed, saved[0].num_observed)
+        rounded = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), narrow(saved[1][0].mu))
+        assert_same_bits(jax.tree.map(jnp.asarray, state[1][0].mu), rounded)
+        assert state[1][0].count.dtype == np.int32
+
+
+@pytest.mark.parametrize("name", CLIPPERS)
+def test_what_no_step_has_changed_survives_bfloat16(name):
+    state = CLIPPERS[name]().init(PARAMS)
+    assert_same_bits(smartclip.graft(narrow(state), state, cast=True), state)
+
+
+def test_what_is_cast_goes_to_its_group_as_well():
+    before, now = {"b": zeros(2)}, {"a": zeros(2), "b": zeros(2)}
+    tx = optax.chain(of_each(size=8), sgd())
+    _, saved = run(tx, params=before, compiled=True)
+    labels, told = labels_of(before, now), [].append
+    state = smartclip.graft(narrow(saved), tx.init(now), on_mismatch=told, cast=True, **labels)
+    in_full = smartclip.graft(saved, tx.init(now), on_mismatch=told, **labels)
+    assert_close(state, in_full, rtol=2**-8)
+    with pytest.raises(ValueError, match="With `cast=True`, it is cast"):
+        smartclip.graft(narrow(saved), tx.init(now), on_mismatch=told, **labels)
+
+
+def test_integers_are_not_cast():
+    state = after(sgd(), {"w": zeros(2)})
+    for leaf in jnp.zeros(2, jnp.int32), np.zeros(2, np.int64), np.zeros(2, bool):
+        for old, new in ((leaf, zeros(2)), (zeros(2), leaf)):
+            with pytest.raises(ValueError, match="must have '0/trace/w' with shape and dtype"):
+                smartclip.graft(
+                    optax.tree.set(state, trace={"w": old}),
+                    optax.tree.set(state, trace={"w": new}),
+                    on_mismatch=print,
+                    cast=True,
+                )
+
+
+def test_groups_that_move_need_values_where_the_rest_needs_only_shapes():
+    before, now = {"b": zeros(2)}, {"a": zeros(2), "b": zeros(2)}
+    tx = optax.chain(of_each(), sgd())
+    _, saved = run(tx, params=before, compiled=True)
+    shapes, told = jax.eval_shape(tx.init, now), [].append
+    state = smartclip.graft(saved, shapes, on_mismatch=told)
+    assert state[1][0].trace == {"a": shapes[1][0].trace["a"], "b": saved[1][0].trace["b"]}
+    for form, arguments in ((saved, labels_of(before, now)), (narrow(saved), {"cast": True})):
+        like = shapes if "labels" in arguments else jax.eval_shape(tx.init, before)
+        with pytest.raises(ValueError, match="`opt_state` must have arrays"):
+            smartclip.graft(form, like, on_mismatch=told, **arguments)
+
+
+def test_under_jit_a_grown_state_is_what_it_is_outside():
+    before, now = CHANGES["LoRA"]
+    tx = optax.chain(of_each(), sgd())
+    _, saved = run(tx, params=before, compiled=True)
+
+    def grow(saved, fresh):
+        labels = labels_of(before, now)
+        return smartclip.graft(saved, fresh, on_mismatch=[].append, cast=True, **labels)
+
+    for form in saved, narrow(saved):
+        assert_same_bits(jax.jit(grow)(form, tx.init(now)), grow(form, tx.init(now)))
+
+
+WRONG = {
+    "on_mismatch": {"on_mismatch": "init"},
+    "cast": {"cast": 1},
+    "given together": {"labels": ("bias", "body/kernel")},
+    "`saved_labels` must be different labels": {
+        "saved_labels": ("bias",),
+        "labels": ("bias", "body/kernel"),
+    },
+    "`labels` must be different labels": {
+        "saved_labels": ("bias", "body/kernel"),
+        "labels": ("bias", "bias"),
+    },
+}
+
+
+@pytest.mark.parametrize(("message", "arguments"), WRONG.items(), ids=WRONG)
+def test_wrong_arguments_are_refused(message, arguments):
+    state = of_each().init(PARAMS)
+    with pytest.raises(ValueError, match=message):
+        smartclip.graft(state, state, **arguments)
