@@ -46,8 +46,8 @@ MODULES = {
     "histories": "geometric_quantile log_histogram moments ranks ring_buffer",
     "clippers": "adagc agc autoclip skip_spikes where_skipped zclip zscore_clip",
     "engine": (
-        "checks dtypes graft groups known_norms meshes metrics norms partitions rule scaling "
-        "stacks states trees units"
+        "checks dtypes graft groups known_norms meshes metrics norms partitions regroup rule "
+        "scaling stacks states trees units"
     ),
 }
 PATHS = {name: f"{folder}/{name}.py" for folder in MODULES for name in MODULES[folder].split()}
@@ -55,6 +55,7 @@ OTHER_TESTS = {
     "dtypes": ["engine/test_norms.py", "engine/test_scaling.py"],
     "known_norms": ["clippers/test_skip_spikes.py"],
     "meshes": ["integration/test_shard_map.py"],
+    "regroup": ["engine/test_graft.py"],
     "stacks": ["test_stacked.py"],
     "trees": ["engine/test_groups.py", "engine/test_rule.py"],
     "units": ["engine/test_units.py", "clippers/test_agc.py"],

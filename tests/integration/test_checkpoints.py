@@ -10,6 +10,7 @@ import sys
 from typing import Any, NamedTuple
 
 import flax.serialization
+import flax.training.checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -344,6 +345,22 @@ for size, scope in [(16, "global"), (4, "global"), (8, "per_param")]:
     assert all("(1, 8)" in line for line in (longer, shorter))
     # Which of the arrays comes first is Orbax's choice.
     assert any(shape in groups for shape in ("(2,)", "(2, 8)"))
+
+
+# Orbax warns that it takes the sharding from the checkpoint where there is no target.
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_graft_keeps_what_a_lenient_restore_of_flax_resets(tmp_path):
+    old, clip = optax.adamw(0.1), smartclip.autoclip()
+    with jax.numpy_dtype_promotion("standard"):
+        _, saved = old.update(PARAMS, old.init(PARAMS), PARAMS)
+    flax.training.checkpoints.save_checkpoint(tmp_path, {"opt_state": saved}, step=1)
+    for first in clip, optax.clip_by_global_norm(1.0):
+        new = optax.chain(first, old).init(PARAMS)
+        lenient = flax.training.checkpoints.restore_checkpoint(tmp_path, {"opt_state": new})
+        assert_same_bits(jax.tree.map(jnp.asarray, lenient["opt_state"]), new)
+    restored = flax.training.checkpoints.restore_checkpoint(tmp_path, None)["opt_state"]
+    state = smartclip.graft(restored, optax.chain(clip, old).init(PARAMS))
+    assert_same_bits(jax.tree.map(jnp.asarray, state), (clip.init(PARAMS), saved))
 
 
 @functools.cache
