@@ -729,3 +729,17 @@ def test_wrong_arguments_are_refused(message, arguments):
     state = of_each().init(PARAMS)
     with pytest.raises(ValueError, match=message):
         smartclip.graft(state, state, **arguments)
+
+
+def test_adam_moves_a_new_parameter_by_up_to_six_and_a_half_rates():
+    """A count of many steps leaves moments that start at zero without their correction."""
+    tx = optax.adam(1.0)
+    saved = optax.tree.set(tx.init({"w": zeros(1)}), count=jnp.asarray(100_000, jnp.int32))
+    now = {"v": zeros(1), "w": zeros(1)}
+    state = smartclip.graft(saved, tx.init(now), on_mismatch=[].append)
+    grads = [jax.tree.map(np.ones_like, now) for _ in range(20)]
+    updates, _ = run(tx, state, now, grads, compiled=True)
+    steps = np.arange(1, 21)
+    expected = (1 - 0.9**steps) / np.sqrt(1 - 0.999**steps)
+    np.testing.assert_allclose([-update["v"][0] for update in updates], expected, rtol=1e-3)
+    assert round(max(expected), 1) == 6.6
