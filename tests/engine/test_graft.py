@@ -2,6 +2,7 @@
 
 import itertools
 
+import flax.core
 import flax.serialization
 import hypothesis
 import hypothesis.strategies as st
@@ -743,3 +744,17 @@ def test_adam_moves_a_new_parameter_by_up_to_six_and_a_half_rates():
     expected = (1 - 0.9**steps) / np.sqrt(1 - 0.999**steps)
     np.testing.assert_allclose([-update["v"][0] for update in updates], expected, rtol=1e-3)
     assert round(max(expected), 1) == 6.6
+
+
+def test_by_default_numbers_are_no_names_below_a_wrapper_either():
+    """As with an optimizer whose state is not a named tuple, and moves within a chain."""
+
+    def init(params):
+        return flax.core.FrozenDict(momentum=params)
+
+    custom = optax.GradientTransformation(
+        init, lambda updates, state, params=None: (updates, state)
+    )
+    old, new = (optax.apply_if_finite(tx, 3) for tx in (custom, optax.chain(autoclip(), custom)))
+    state = smartclip.graft(old.init(PARAMS), new.init(jax.tree.map(np.zeros_like, PARAMS)))
+    assert_same_bits(state.inner_state[1], init(PARAMS))
