@@ -101,8 +101,6 @@ class Clipper:
             return _cast(leaf, fresh)
         _check_has_values(fresh)
         kept = [row is not None for row in rows]
-        if not any(kept):
-            return fresh
         picked = self._by_group(leaf)[np.array([row or 0 for row in rows])]
         fresh_rows = new._by_group(fresh)
         regrouped: Array = select_groups(jnp.asarray(kept), _cast(picked, fresh_rows), fresh_rows)

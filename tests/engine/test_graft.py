@@ -415,6 +415,11 @@ CHANGES = {
     "a new head": (BASE, BASE | {"head": {"kernel": zeros(2, 5), "bias": zeros(5)}}),
     "a parameter in place of another": (BASE, without(BASE, "head") | {"tail": BASE["head"]}),
     "a number in place of another": (NUMBERS, without(NUMBERS, "1") | {"3": zeros(2)}),
+    "a list in a list less": ([zeros(2), [zeros(2)]], [zeros(2)]),
+    "another shape under a longer name": (
+        {"w": zeros(2), "w2": zeros(2)},
+        {"w": zeros(2), "w2": zeros(3)},
+    ),
     "nothing in common": ({"v": zeros(2), "w": zeros(2)}, {"x": zeros(2), "y": zeros(2)}),
 }
 
@@ -526,6 +531,24 @@ def test_without_labels_a_clipper_goes_on_only_if_it_has_one_group():
     assert list(state[1].num_observed) == [STEPS, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("scope", "known"),
+    [
+        ("per_layer", [STEPS, 0]),
+        # What the user calls a group is not a parameter.
+        ({"dense": "x", "head": "y"}, [STEPS, STEPS]),
+    ],
+    ids=["per_layer", "labels of the user"],
+)
+def test_the_group_of_a_layer_starts_if_one_of_its_parameters_has_another_shape(scope, known):
+    before, now = CHANGES["a new head"]
+    tx = optax.chain(of_each(scope), sgd())
+    _, saved = run(tx, params=before, compiled=True)
+    labels = labels_of(before, now, scope)
+    state = smartclip.graft(saved, tx.init(now), on_mismatch=[].append, **labels)
+    assert list(state[0].num_observed) == known
+
+
 def test_clippers_that_come_and_go_are_told():
     lines = []
     saved = after(optax.chain(autoclip(), sgd()))
@@ -616,14 +639,15 @@ def test_a_clipper_with_scheduled_arguments_keeps_its_count_and_its_groups():
     scheduled = optax.inject_hyperparams(smartclip.autoclip, static_args="scope")(
         percentile=optax.constant_schedule(90.0), scope="per_param"
     )
+    tx = optax.apply_if_finite(scheduled, 3)
     before, now = {"b": zeros(2)}, {"a": zeros(2), "b": zeros(2)}
-    saved = after(scheduled, before)
-    state = smartclip.graft(
-        saved, scheduled.init(now), on_mismatch=[].append, **labels_of(before, now)
-    )
-    assert state.count == STEPS
-    assert list(state.inner_state.last.num_steps) == [0, STEPS]
-    assert list(state.inner_state.rule.length) == [0, STEPS]
+    _, saved = run(tx, params=before, compiled=True)
+    labels = labels_of(before, now)
+    state = smartclip.graft(saved, tx.init(now), on_mismatch=[].append, **labels)
+    assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, tx.init(now))
+    assert state.inner_state.count == STEPS
+    assert list(state.inner_state.inner_state.last.num_steps) == [0, STEPS]
+    assert list(state.inner_state.inner_state.rule.length) == [0, STEPS]
 
 
 def narrow(tree):
