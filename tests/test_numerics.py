@@ -291,7 +291,8 @@ def test_the_deviation_of_norms_neither_cancels_nor_overflows_nor_vanishes(unit,
 
     _, thresholds = jax.jit(lambda norms: jax.lax.scan(advance, tx.init(norms[0]), norms))(norms)
     expected = reference.zscore_thresholds(np.float64(norms) / unit)
-    np.testing.assert_allclose(np.float64(thresholds) / unit, expected, rtol=1e-5)
+    thresholds = reference.unreported(np.float64(thresholds))
+    np.testing.assert_allclose(thresholds / unit, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(300.0, jnp.float16), (1e18, jnp.float32)])
