@@ -7,13 +7,14 @@ from optax_smartclip import masks
 from optax_smartclip.clippers.adagc import adagc
 from optax_smartclip.clippers.agc import agc
 from optax_smartclip.clippers.autoclip import autoclip
+from optax_smartclip.clippers.observe_norms import observe_norms
 from optax_smartclip.clippers.skip_spikes import SkipState, skip_spikes
 from optax_smartclip.clippers.where_skipped import where_skipped
 from optax_smartclip.clippers.zclip import zclip
 from optax_smartclip.clippers.zscore_clip import zscore_clip
 from optax_smartclip.engine.graft import graft
 from optax_smartclip.engine.groups import group_labels
-from optax_smartclip.engine.metrics import ClipMetrics, SkipMetrics, metrics
+from optax_smartclip.engine.metrics import ClipMetrics, NormMetrics, SkipMetrics, metrics
 from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
 from optax_smartclip.engine.states import ClipState
 from optax_smartclip.histories.geometric_quantile import geometric_quantile
@@ -31,6 +32,7 @@ __all__ = [
     "ClipMetrics",
     "ClipState",
     "NormHistory",
+    "NormMetrics",
     "SkipMetrics",
     "SkipState",
     "ThresholdRule",
@@ -47,6 +49,7 @@ __all__ = [
     "log_histogram",
     "masks",
     "metrics",
+    "observe_norms",
     "ring_buffer",
     "skip_spikes",
     "where_skipped",

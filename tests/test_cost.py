@@ -34,6 +34,11 @@ CHAINED = {
     "per_param": smartclip.autoclip(90.0, history=smartclip.ring_buffer(16), scope="per_param"),
     "agc": smartclip.agc(),
 }
+# With observed layers before them.
+CHAINED |= {
+    f"observed {name}": optax.chain(smartclip.observe_norms(), CHAINED[name])
+    for name in ("autoclip", "per_param", THEIRS)
+}
 
 
 def shapes(layers, width):
@@ -173,6 +178,16 @@ def test_a_step_reads_each_leaf_of_the_gradient_once_more_than_the_optimizer_doe
     assert np.all(alone >= 1)
     np.testing.assert_array_equal(ours, alone + 1)
     assert np.all(theirs > ours)
+
+
+@pytest.mark.parametrize("name", ["autoclip", "per_param", THEIRS])
+def test_norms_that_are_observed_before_a_clipper_take_no_reading_of_their_own(name):
+    observed = f"observed {name}"
+    np.testing.assert_array_equal(
+        *(readers(compile_step(label, "large")) for label in (observed, name))
+    )
+    moved, floor = (slope(program_text.usual_bytes, label) for label in (observed, name))
+    assert moved == pytest.approx(floor, abs=1e-3)
 
 
 def primitives(jaxpr):

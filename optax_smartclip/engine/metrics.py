@@ -73,7 +73,23 @@ class SkipMetrics(NamedTuple):
     num_skipped: Int32[Array, ""]
 
 
-RECORDS = (ClipMetrics, SkipMetrics)
+class NormMetrics(NamedTuple):
+    """The record of `observe_norms`, which is all of its state.
+
+    Every field has the shape `[groups]`, or `[]` if there is one group. Every number is finite.
+
+    Attributes:
+        observed_norm: float32, the norm; 3.4e38 if it is NaN or Inf.
+        norm_share: float32, the share of the squared norm of all observed leaves, in [0, 1]. The
+            shares add up to 1, or are all 0 if every norm is. If norms are NaN or Inf, those
+            groups have equal shares and the others none.
+    """
+
+    observed_norm: Float32[Array, " *groups"]
+    norm_share: Float32[Array, " *groups"]
+
+
+RECORDS = (ClipMetrics, SkipMetrics, NormMetrics)
 
 for _record in RECORDS:
     # A name can be registered once: in a module that is loaded anew, the first class keeps it.
@@ -149,7 +165,7 @@ def increment_where(
 
 
 def metrics(opt_state: Any) -> dict[str, Array]:
-    """The last step's record of every clipper, and of `skip_spikes`, in an optimizer state.
+    """The last step's record of every clipper, `skip_spikes` and `observe_norms` in a state.
 
     A pure function of arrays: call it outside of `jit` on the state that a step returned, or
     inside and return the dictionary.
@@ -161,9 +177,9 @@ def metrics(opt_state: Any) -> dict[str, Array]:
 
     Returns:
         The fields of `ClipMetrics` by name, each of shape `[]` or `[groups]`, and those of
-        `SkipMetrics`. If there are several clippers, each name is preceded by the place of its
-        clipper in the state, as in `"0/grad_norm"` for the first link of a chain. Empty if there
-        is no clipper.
+        `SkipMetrics` and `NormMetrics`. If there are several clippers, each name is preceded by the
+        place of its clipper in the state, as in `"0/grad_norm"` for the first link of a chain.
+        Empty if there is no record.
 
     Example:
         >>> import jax.numpy as jnp

@@ -248,6 +248,20 @@ def has_gradient(norms: Float[Array, " *groups"]) -> Bool[Array, " *groups"]:
     return jnp.isfinite(norms) & (norms > 0)
 
 
+def shares(norms: Float[Array, "*steps groups"]) -> Float32[Array, "*steps groups"]:
+    """Of the squared norm of all groups together; 0 for all if all norms are.
+
+    Norms that are not finite share it among themselves.
+    """
+    finite = jnp.isfinite(norms)
+    culprits = jnp.where(finite.all(axis=-1, keepdims=True), norms, jnp.where(finite, 0.0, 1.0))
+    # In units of the largest, so that no square overflows and the sum is not lost.
+    largest = jnp.max(culprits, axis=-1, keepdims=True, initial=0.0)
+    squares = jnp.square(culprits / jnp.where(largest > 0, largest, 1.0))
+    total = jnp.sum(squares, axis=-1, keepdims=True)
+    return as_float32(squares / jnp.maximum(total, 1.0))
+
+
 def _rounded(norms: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     if norms.dtype == jnp.float32:
         return norms

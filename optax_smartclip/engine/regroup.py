@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from optax_smartclip.engine.metrics import NormMetrics
 from optax_smartclip.engine.states import select_groups
 from optax_smartclip.engine.trees import leaves_by_name
 
@@ -24,9 +25,12 @@ def is_clipper(node: Any) -> bool:
     """Whether a node is a clipper's state, or the dictionary that became of one.
 
     Or either within another state, as of `inject_hyperparams`. What `skip_spikes` knows of past
-    steps is one as well; the optimizer inside it is not.
+    steps is one as well, and the record of `observe_norms`; the optimizer inside `skip_spikes` is
+    not.
     """
     fields = _fields(node)
+    if fields.keys() == set(NormMetrics._fields):
+        return True
     if "detector" in fields:
         return False
     wrapped = "inner_state" in fields and is_clipper(fields["inner_state"])

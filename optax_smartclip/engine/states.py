@@ -85,9 +85,10 @@ def init_state(rule: Any, num_groups: int) -> ClipState:
 GRAFT = "`smartclip.graft` puts the rest of a saved optimizer state beside a new clipper."
 
 
-def check_is_state(state: Any, cls: type) -> None:
+def check_is_state(state: Any, cls: Any) -> None:
     """Raises ValueError unless `state` has the fields of a state of this class."""
-    names = [field.name for field in dataclasses.fields(cls)]
+    is_tuple = issubclass(cls, tuple)
+    names = cls._fields if is_tuple else [field.name for field in dataclasses.fields(cls)]
     # Compares fields, because reloading a module creates a new class.
     if not all(hasattr(state, name) for name in names):
         raise ValueError(
@@ -121,12 +122,17 @@ def leaf_names(tree: Any) -> frozenset[str]:
 def check_num_groups(state: Any, num_groups: int) -> None:
     """Raises ValueError unless `state` is one of a clipper, for this number of groups."""
     check_is_state(state, ClipState)
-    if state.num_observed.shape != (num_groups,):
+    check_groups("num_observed", state.num_observed, (num_groups,))
+
+
+def check_groups(name: str, field: Array, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless a field of a state has this shape, with an entry for each group."""
+    if field.shape != shape:
         raise ValueError(
-            f"The state must have 'num_observed' of shape {(num_groups,)}, one entry for each "
-            f"group of the gradient, got {state.num_observed.shape}. Groups are those of the "
-            "parameters that `init` was called with. If leaves of the gradient are None where "
-            "the parameters are not, pass `params` to `update`."
+            f"The state must have {name!r} of shape {shape}, one entry for each group of the "
+            f"gradient, got {field.shape}. Groups are those of the parameters that `init` was "
+            "called with. If leaves of the gradient are None where the parameters are not, pass "
+            "`params` to `update`."
         )
 
 

@@ -474,6 +474,9 @@ def layers(num_leaves):
 combines = jax.__version_info__ >= (0, 10)
 
 
+OBSERVED = optax.chain(smartclip.observe_norms("per_param"), smartclip.autoclip())
+
+
 @pytest.mark.parametrize("num_leaves", [1, 20])
 def test_a_step_has_no_more_all_reduces_than_one_of_optax(num_leaves):
     ours, theirs = (
@@ -493,8 +496,14 @@ def test_a_step_has_no_more_all_reduces_than_one_of_optax(num_leaves):
         # Those of the weights, too.
         (smartclip.agc(scope="per_param"), AxisType.Auto, 2),
         (smartclip.agc(), AxisType.Explicit, 16),
+        # In one message, those of the observer and those of the clipper.
+        (OBSERVED, AxisType.Explicit, 2),
+        (OBSERVED, AxisType.Auto, 2),
     ],
-    ids=["autoclip", "geometric_quantile", "agc per_param", "agc with split units"],
+    ids=[
+        *("autoclip", "geometric_quantile", "agc per_param", "agc with split units"),
+        *("observed on explicit axes", "observed on automatic axes"),
+    ],
 )
 def test_one_all_reduce_for_all_groups_and_nothing_is_gathered(tx, mode, numbers_per_leaf):
     program = compile_update(tx, layers(20), P("x"), mode)

@@ -1,0 +1,267 @@
+"""What is observed are the norms of the groups and their shares, in float64 NumPy; no update."""
+
+import functools
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from compat import enable_x64
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from trees import assert_close, assert_same_bits, random_tree
+
+import optax_smartclip as smartclip
+from optax_smartclip import observe_norms
+
+SHAPES = {"body": {"kernel": (8, 4), "bias": (4,)}, "head": {"kernel": (4, 8)}, "norm": (8,)}
+PARAMS = random_tree(0, 1.0, SHAPES)
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def gradient(*sizes, seed=1):
+    """With these sizes of body, head and norm."""
+    tree = random_tree(seed, 1.0, SHAPES)
+    return {
+        name: jax.tree.map(lambda leaf, by=size: np.float32(leaf * np.float64(by)), tree[name])
+        for name, size in zip(tree, sizes, strict=True)
+    }
+
+
+def shares(norms):
+    """Of the squared norm; norms that are not finite share it equally."""
+    norms = np.array(norms, np.longdouble)
+    if not np.all(np.isfinite(norms)):
+        norms = np.where(np.isfinite(norms), 0, 1).astype(np.longdouble)
+    total = np.sum(norms**2)
+    return np.float64(norms**2 / total if total > 0 else norms)
+
+
+def expected(groups):
+    """The record of a gradient that is given by its groups."""
+    norms = [reference.norm(group) for group in groups]
+    return {"observed_norm": reference.reported(norms), "norm_share": shares(norms)}
+
+
+def assert_record(record, groups, rtol=1e-6):
+    for name, values in expected(groups).items():
+        np.testing.assert_allclose(record[name], values, rtol=rtol, atol=1e-37, err_msg=name)
+        assert np.all(np.isfinite(record[name]))
+
+
+def observe(tx, grads, params=PARAMS):
+    updates, state = jax.jit(tx.update)(grads, tx.init(params))
+    assert_same_bits(updates, jax.tree.map(jnp.asarray, grads))
+    return smartclip.metrics(state)
+
+
+def of_layers(grads):
+    # The norm is at the top, where layers are kept in the order of the leaves.
+    return [grads["body"], grads["head"], grads["norm"]]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 2, 3), (1, 0, 0), (0, 0, 0), (1e30, 3e29, 1.0), (1e-30, 3e-31, 0), (1e-30, 1e30, 1.0)],
+)
+def test_norms_and_shares_of_layers_are_recorded_and_the_updates_pass(sizes):
+    grads = gradient(*sizes)
+    record = observe(observe_norms(), grads)
+    assert list(record) == ["observed_norm", "norm_share"]
+    assert_record(record, of_layers(grads))
+
+
+@pytest.mark.parametrize("sizes", [(np.nan, 1, 2), (1, np.inf, np.nan), (0, 0, np.nan)])
+def test_groups_that_are_not_finite_share_the_norm_and_the_record_stays_finite(sizes):
+    record = observe(observe_norms(), gradient(*sizes))
+    bad = ~np.isfinite(sizes)
+    np.testing.assert_allclose(record["norm_share"], bad / bad.sum())
+    np.testing.assert_array_equal(np.array(record["observed_norm"]) == LARGEST, bad)
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.just(0.0),
+            st.floats(2.0**-120, 2.0**120, width=32),
+            st.sampled_from([np.nan, np.inf, -np.inf]),
+        ),
+        min_size=4,
+        max_size=4,
+    )
+)
+def test_shares_are_within_0_and_1_and_add_up_to_1_unless_all_are_zero(values):
+    grads = {str(number): np.float32([value]) for number, value in enumerate(values)}
+    share = np.array(observe_each(grads).norm_share, np.float64)
+    np.testing.assert_allclose(share, shares(np.abs(values)), rtol=1e-6, atol=1e-37)
+    assert np.all((share >= 0) & (share <= 1))
+    np.testing.assert_allclose(share.sum(), float(any(v != 0 for v in values)), rtol=1e-6)
+
+
+@jax.jit
+def observe_each(grads):
+    tx = observe_norms("per_param")
+    return tx.update(grads, tx.init(grads))[1]
+
+
+def test_groups_are_those_of_the_scope_the_mask_and_the_stacks():
+    grads = {"layers": {"w": np.float32([[3, 4], [0, 2], [1, 0]])}, "head": np.float32([5, 0])}
+    layers = [*grads["layers"]["w"]]
+    stacked = {"layers": 0}
+    labels = smartclip.group_labels("per_param", grads, stacked=stacked)
+    assert labels == ("head", "layers/w[0]", "layers/w[1]", "layers/w[2]")
+    tx = observe_norms("per_param", stacked=stacked)
+    assert_record(observe(tx, grads, grads), [grads["head"], *layers])
+    # What is left out has a group, and no share.
+    tx = observe_norms("per_param", stacked=stacked, mask={"layers": True, "head": False})
+    assert_record(observe(tx, grads, grads), [np.zeros(1), *layers])
+    tx = observe_norms(lambda path: "all")
+    record = observe(tx, grads, grads)
+    assert record["observed_norm"].shape == record["norm_share"].shape == ()
+    assert_record(record, [grads])
+
+
+def test_in_float64_norms_and_shares_are_right_beyond_float32():
+    with enable_x64(True):
+        grads = {"a": jnp.float64([3e200]), "b": jnp.float64([4e200]), "c": jnp.float64([1.0])}
+        record = observe(observe_norms("per_param"), grads, grads)
+        assert all(value.dtype == jnp.float32 for value in record.values())
+    np.testing.assert_allclose(record["norm_share"], [0.36, 0.64, 0.0], rtol=1e-6)
+    assert np.all(np.array(record["observed_norm"]) < LARGEST)
+
+
+def chain():
+    return optax.chain(observe_norms(), smartclip.autoclip(), optax.sgd(0.1, momentum=0.9))
+
+
+def test_it_is_found_beside_a_clipper_and_by_optax():
+    tx = chain()
+    grads = gradient(1, 2, 3)
+    _, state = tx.update(grads, tx.init(PARAMS), PARAMS)
+    record = smartclip.metrics(state)
+    assert set(record) == {*smartclip.ClipMetrics._fields, *smartclip.NormMetrics._fields}
+    assert_record(record, of_layers(grads))
+    for name in smartclip.NormMetrics._fields:
+        np.testing.assert_array_equal(optax.tree.get(state, name), record[name])
+    mapping = flax.serialization.to_state_dict(state)
+    assert smartclip.metrics(mapping).keys() == record.keys()
+    assert_same_bits(flax.serialization.from_state_dict(tx.init(PARAMS), mapping), state)
+    exported = jax.export.export(jax.jit(lambda state: state))(state[0])
+    assert jax.export.deserialize(exported.serialize()).in_tree == exported.in_tree
+
+
+def test_a_scan_of_runs_under_vmap_records_each_step_of_each():
+    sizes = np.random.default_rng(0).lognormal(size=(2, 5, 3))
+    runs = [[gradient(*step, seed=n) for n, step in enumerate(run)] for run in sizes]
+    stacked = jax.tree.map(
+        lambda *leaves: np.stack(leaves), *(step for run in runs for step in run)
+    )
+    stacked = jax.tree.map(lambda leaf: leaf.reshape(2, 5, *leaf.shape[1:]), stacked)
+    tx = chain()
+
+    def step(state, grads):
+        _, state = tx.update(grads, state, PARAMS)
+        return state, smartclip.metrics(state)
+
+    logs = jax.jit(jax.vmap(lambda grads: jax.lax.scan(step, tx.init(PARAMS), grads)[1]))(stacked)
+    assert logs["norm_share"].shape == (2, 5, 3)
+    for run in range(2):
+        for number in range(5):
+            record = {name: logs[name][run, number] for name in smartclip.NormMetrics._fields}
+            assert_record(record, of_layers(runs[run][number]))
+
+
+SPECS = {
+    "body": {"kernel": P("x", None), "bias": P(None)},
+    "head": {"kernel": P(None, "x")},
+    "norm": P("x"),
+}
+
+
+def test_a_gradient_on_explicit_axes_is_observed_as_on_one_device():
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Explicit,))
+    grads = gradient(1, 2, 3)
+    tx = observe_norms()
+    alone = observe(tx, grads)
+    with jax.set_mesh(mesh):
+        placed = jax.tree.map(
+            lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), grads, SPECS
+        )
+        updates, state = jax.jit(tx.update)(placed, tx.init(placed))
+    assert_close(smartclip.metrics(state), alone, rtol=1e-6)
+    assert all(leaf.sharding.is_fully_replicated for leaf in state)
+    assert updates["head"]["kernel"].sharding == placed["head"]["kernel"].sharding
+
+
+def test_under_shard_map_norms_are_summed_over_the_named_axis():
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    grads = gradient(1, 2, 3)
+    tx = observe_norms(axis_name="x")
+
+    def two_steps(grads):
+        state = tx.init(grads)
+        return jax.lax.scan(lambda s, _: (tx.update(grads, s)[1], None), state, length=2)[0]
+
+    mapped = jax.shard_map(two_steps, mesh=mesh, in_specs=(SPECS,), out_specs=P())
+    assert_close(
+        smartclip.metrics(jax.jit(mapped)(grads)), observe(observe_norms(), grads), rtol=1e-6
+    )
+
+
+def test_a_dropped_step_is_recorded_before_skip_spikes_and_not_within_it():
+    skipping = functools.partial(smartclip.skip_spikes, warmup_steps=1)
+    before = optax.chain(observe_norms(), skipping(optax.sgd(0.1)))
+    within = skipping(optax.chain(observe_norms(), optax.sgd(0.1)))
+    usual, spike = gradient(1, 1, 1), gradient(1, 1000, 1)
+    for tx, recorded in ((before, spike), (within, usual)):
+        state = tx.init(PARAMS)
+        for grads in (usual, usual, spike):
+            _, state = tx.update(grads, state, PARAMS)
+        record = smartclip.metrics(state)
+        assert record["num_skipped"] == 1
+        assert_record(record, of_layers(recorded))
+
+
+def test_derivatives_through_it_are_finite_and_those_without_it():
+    def last_norm(size, tx):
+        def step(state, by):
+            updates, state = tx.update({"w": size * by * jnp.ones(3)}, state)
+            return state, jnp.sum(updates["w"])
+
+        state = tx.init({"w": jnp.ones(3)})
+        return jnp.sum(jax.lax.scan(step, state, jnp.float32([0.0, 1e-30, 1.0]))[1])
+
+    clipper = smartclip.autoclip(max_norm=0.5)
+    one, other = (
+        jax.grad(last_norm)(jnp.float32(1e-3), tx)
+        for tx in (clipper, optax.chain(observe_norms("per_param"), clipper))
+    )
+    assert one == other != 0
+
+
+def test_graft_takes_it_into_a_run_and_out_of_it():
+    without = optax.chain(smartclip.autoclip(), optax.sgd(0.1, momentum=0.9))
+    saved = [tx.update(PARAMS, tx.init(PARAMS), PARAMS)[1] for tx in (without, chain())]
+    fresh = [tx.init(PARAMS) for tx in (without, chain())]
+    assert_same_bits(smartclip.graft(saved[0], fresh[1])[1:], saved[0])
+    assert_same_bits(smartclip.graft(saved[1], fresh[0]), saved[1][1:])
+    assert_same_bits(smartclip.graft(saved[1], fresh[1]), saved[1])
+
+
+def test_what_does_not_fit_is_an_error():
+    with pytest.raises(ValueError, match="`scope` must be one of"):
+        observe_norms("layer")
+    with pytest.raises(ValueError, match="`stacked` must be None with scope='global'"):
+        observe_norms("global", stacked={"layers": 0})
+    with pytest.raises(ValueError, match="`stacked` must have patterns that"):
+        observe_norms(stacked={"no such": 0}).init(PARAMS)
+    state = observe_norms().init(PARAMS)
+    with pytest.raises(ValueError, match=r"'observed_norm' of shape \(4,\).*got \(3,\)"):
+        observe_norms("per_param").update(PARAMS, state)
+    with pytest.raises(ValueError, match="`state` must be the NormMetrics that `init`"):
+        observe_norms().update(PARAMS, optax.EmptyState())
