@@ -12,6 +12,7 @@ from optax_smartclip.clippers.skip_spikes import SkipState, skip_spikes
 from optax_smartclip.clippers.where_skipped import where_skipped
 from optax_smartclip.clippers.zclip import zclip
 from optax_smartclip.clippers.zscore_clip import zscore_clip
+from optax_smartclip.engine.culprits import Culprits, culprits
 from optax_smartclip.engine.graft import graft
 from optax_smartclip.engine.groups import group_labels
 from optax_smartclip.engine.metrics import ClipMetrics, NormMetrics, SkipMetrics, metrics
@@ -31,6 +32,7 @@ __all__ = [
     "AutoClip",
     "ClipMetrics",
     "ClipState",
+    "Culprits",
     "NormHistory",
     "NormMetrics",
     "SkipMetrics",
@@ -43,6 +45,7 @@ __all__ = [
     "autoclip",
     "clip_by_rule",
     "clip_context",
+    "culprits",
     "geometric_quantile",
     "graft",
     "group_labels",
