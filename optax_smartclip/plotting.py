@@ -37,6 +37,7 @@ _SEED_HINT = (
 
 _CLIP_FIELDS = ("grad_norm", "clip_threshold", "clip_scale", "num_steps")
 _SKIP_FIELDS = ("skip_norm", "skip_norm_threshold", "skipped", "num_skipped")
+_SHARE_FIELDS = ("norm_share",)
 
 # Okabe and Ito's colours, for any colour vision. Marks differ in shape as well, for print in grey.
 _STYLES: dict[str, dict[str, Any]] = {
@@ -48,6 +49,9 @@ _STYLES: dict[str, dict[str, Any]] = {
     "not finite": {"color": "black", "marker": "x"},
     "zero": {"color": "black", "marker": "+"},
 }
+
+# Of neighbouring areas, one is darker than the other.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#F0E442", "#D55E00", "#56B4E9", "#CC79A7")
 
 # As much as a picture has room for. A column of a heat map is a pixel wide at least, so that no
 # clipped step is lost.
@@ -206,17 +210,14 @@ def plot_groups(
     _, num_groups, num_seeds = norm.shape
     finite = ran & np.isfinite(norm)
     (scale,) = _percentiles(np.where(finite, scale, np.nan), (_MEDIAN,))
-    labels = [str(number) for number in range(num_groups)] if labels is None else labels
-    if len(labels) != num_groups:
-        raise ValueError(f"`labels` must have {num_groups} entries, one a group, got {labels!r}.")
-    starts = np.arange(0, len(x), -(-len(x) // _NUM_COLUMNS))
+    labels = _check_labels(labels, num_groups)
+    starts = _columns(x)
     least = np.fmin.reduceat(scale, starts).T
     crossed, grey = (
         np.logical_or.reduceat(mask, starts).T
         for mask in ((ran & ~finite).any(axis=2), ~finite.any(axis=2))
     )
-    width = x[-1] - x[-2] if len(x) > 1 else 1.0
-    edges = np.append(x[starts], x[-1] + width) - width / 2
+    edges = _edges(x, starts)
 
     ax = _new_axes() if ax is None else ax
     y, shades = np.arange(num_groups + 1) - 0.5, np.ma.masked_where(grey, least)
@@ -230,6 +231,102 @@ def plot_groups(
     ax.set_yticks(list(shown), [labels[number] for number in shown])
     ax.set(xlabel="step", ylabel="group", ylim=(num_groups - 0.5, -0.5))
     return ax
+
+
+def plot_shares(
+    metrics: Metrics,
+    *,
+    labels: Sequence[str] | None = None,
+    top: int = 6,
+    seed_axis: int | None = None,
+    steps: Any = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draws who held the norm over the steps: the share of each group in the squared norm, stacked.
+
+    The groups with the largest share in any step have a colour each, that with the largest mean at
+    the bottom; the others together are grey. A step whose gradient was zero is a gap.
+
+    Of more than 500 steps, a column shows one of several: that whose shares are furthest from the
+    mean ones. Of several seeds, shares are their mean.
+
+    Args:
+        metrics: As for `plot_norms`, with the record of one `observe_norms`; so are `seed_axis`,
+            `steps` and `ax`.
+        labels: The name of each group, from `smartclip.group_labels`; by default 0, 1, ...
+        top: How many groups have a colour of their own, from 1 to 7.
+        seed_axis: Which axis counts the seeds, if one does: 0 or 1.
+        steps: The number of each step.
+        ax: Where to draw.
+
+    Returns:
+        The axes, with a legend.
+
+    Raises:
+        ValueError: If an argument is not as described here.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> from optax_smartclip import plotting
+        >>> logs = {"norm_share": [[0.2, 0.7, 0.1], [0.1, 0.9, 0.0]]}  # [steps, groups]
+        >>> labels = ("body", "head", "neck")
+        >>> ax = plotting.plot_shares(logs, labels=labels, top=1, ax=Figure().subplots())
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['other: 2', 'head']
+    """
+    x, (records,) = _read_records(metrics, [_SHARE_FIELDS], seed_axis, steps)
+    if len(records) > 1:
+        raise ValueError(
+            f"`metrics` must have the record of one observe_norms, got those of {list(records)}."
+        )
+    (shares,) = (record["norm_share"].mean(axis=2) for record in records.values())
+    num_groups = shares.shape[1]
+    labels = _check_labels(labels, num_groups)
+    if top not in range(1, len(_COLOURS) + 1):
+        raise ValueError(f"`top` must be an int from 1 to {len(_COLOURS)}, got {top!r}.")
+
+    # A spike of one step has the largest share and hardly a mean.
+    largest = np.argsort(-shares.max(axis=0), kind="stable")[:top]
+    largest = largest[np.argsort(-shares.mean(axis=0)[largest], kind="stable")]
+    names = [labels[group] for group in largest]
+    starts = _columns(x)
+    distance = np.abs(shares - shares.mean(axis=0)).sum(axis=1)
+    parts = np.split(np.arange(len(x)), starts[1:])
+    columns = shares[[part[distance[part].argmax()] for part in parts]]
+    areas = columns[:, largest]
+    if num_groups > top:
+        names.append(f"other: {num_groups - top}")
+        areas = np.column_stack([areas, np.delete(columns, largest, axis=1).sum(axis=1)])
+
+    ax = _new_axes() if ax is None else ax
+    # The last column a second time: it ends where the next would begin.
+    heights, colours = np.vstack([areas, areas[-1:]]).T, [*_COLOURS[: len(largest)], "0.8"]
+    ax.stackplot(_edges(x, starts), heights, labels=names, colors=colours, step="post", linewidth=0)
+    ax.set(xlabel="step", ylabel="share of the squared norm", ylim=(0, 1))
+    ax.margins(x=0)
+    # From above, as they are stacked.
+    style = {"fontsize": "small", "frameon": False, "reverse": True}
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), **style)
+    return ax
+
+
+def _check_labels(labels: Sequence[str] | None, num_groups: int) -> Sequence[str]:
+    """One label for each group, by default its number."""
+    labels = [str(number) for number in range(num_groups)] if labels is None else labels
+    if len(labels) != num_groups:
+        raise ValueError(f"`labels` must have {num_groups} entries, one a group, got {labels!r}.")
+    return labels
+
+
+def _columns(x: Steps) -> Int[np.ndarray, " columns"]:
+    """The first step of each column."""
+    return np.arange(0, len(x), -(-len(x) // _NUM_COLUMNS))
+
+
+def _edges(x: Steps, starts: Int[np.ndarray, " columns"]) -> Float[np.ndarray, " edges"]:
+    """Where each column begins, and where the last one ends."""
+    width = x[-1] - x[-2] if len(x) > 1 else 1.0
+    return np.append(x[starts], x[-1] + width) - width / 2
 
 
 def _steps_first(
@@ -298,6 +395,36 @@ def _records(arrays: Record, fields: tuple[str, ...]) -> dict[str, Record]:
     return {place[:-1]: {field: arrays[place + field] for field in fields} for place in places}
 
 
+def _read_records(
+    metrics: Metrics, kinds: Sequence[tuple[str, ...]], seed_axis: int | None, steps: Any
+) -> tuple[Steps, list[dict[str, Record]]]:
+    """The numbers of the steps, and the records of each kind, given by its fields, by place."""
+    if seed_axis not in (None, 0, 1):
+        raise ValueError(f"`seed_axis` must be None, 0 or 1, got {seed_axis!r}.")
+    try:
+        if not isinstance(metrics, Mapping):
+            metrics = {name: [step[name] for step in metrics] for name in metrics[0]}
+        known = [name for name in metrics if name.rpartition("/")[2] in sum(kinds, ())]
+        arrays = {name: np.asarray(metrics[name], np.float64) for name in known}
+        # The largest float32 stands for a threshold that there is not, or a norm that is none.
+        arrays = {k: np.where(array < LARGEST, array, np.inf) for k, array in arrays.items()}
+        arrays = {name: _steps_first(array, seed_axis) for name, array in arrays.items()}
+        ((total, _),) = {(len(array), array.shape[2]) for array in arrays.values()}
+        records = [_records(arrays, fields) for fields in kinds]
+        if not any(records):
+            raise KeyError(kinds)
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            "`metrics` must be a dictionary of arrays with a leading axis of steps, or a sequence "
+            "of dictionaries with the same names and shapes, as smartclip.metrics returns, got "
+            f"{reprlib.repr(metrics)}.{_SEED_HINT}"
+        ) from error
+    x = np.arange(1.0, total + 1) if steps is None else np.asarray(steps, np.float64)
+    if x.shape != (total,) or not np.all(np.diff(x) > 0):
+        raise ValueError(f"`steps` must be {total} increasing numbers, got {steps!r}.")
+    return x, records
+
+
 def _read(
     metrics: Metrics, clipper: str | None, seed_axis: int | None, steps: Any
 ) -> tuple[Steps, Record, Record]:
@@ -305,31 +432,12 @@ def _read(
 
     `ran` is False, and the norm is the dropped one, where the clipper did not see a dropped step.
     """
-    if seed_axis not in (None, 0, 1):
-        raise ValueError(f"`seed_axis` must be None, 0 or 1, got {seed_axis!r}.")
-    try:
-        if not isinstance(metrics, Mapping):
-            metrics = {name: [step[name] for step in metrics] for name in metrics[0]}
-        known = [name for name in metrics if name.rpartition("/")[2] in _CLIP_FIELDS + _SKIP_FIELDS]
-        arrays = {name: np.asarray(metrics[name], np.float64) for name in known}
-        # The largest float32 stands for a threshold that there is not, or a norm that is none.
-        arrays = {k: np.where(array < LARGEST, array, np.inf) for k, array in arrays.items()}
-        arrays = {name: _steps_first(array, seed_axis) for name, array in arrays.items()}
-        ((total, num_seeds),) = {(len(array), array.shape[2]) for array in arrays.values()}
-        clips, skips = (_records(arrays, fields) for fields in (_CLIP_FIELDS, _SKIP_FIELDS))
-    except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            "`metrics` must be a dictionary of arrays with a leading axis of steps, or a sequence "
-            "of dictionaries with the same names and shapes, as smartclip.metrics returns, got "
-            f"{reprlib.repr(metrics)}.{_SEED_HINT}"
-        ) from error
+    x, (clips, skips) = _read_records(metrics, (_CLIP_FIELDS, _SKIP_FIELDS), seed_axis, steps)
     if clipper is not None or len(clips) > 1:
         checks.check_choice("clipper", clipper, tuple(clips))
-    x = np.arange(1.0, total + 1) if steps is None else np.asarray(steps, np.float64)
-    if x.shape != (total,) or not np.all(np.diff(x) > 0):
-        raise ValueError(f"`steps` must be {total} increasing numbers, got {steps!r}.")
-
-    nothing = dict.fromkeys(_CLIP_FIELDS, np.full((total, 1, num_seeds), np.nan))
+    fields = next(iter((clips | skips).values()))
+    shape = next(iter(fields.values())).shape
+    nothing = dict.fromkeys(_CLIP_FIELDS, np.full((len(x), 1, shape[2]), np.nan))
     clip = clips[clipper] if clipper is not None else next(iter(clips.values()), nothing)
     skip = next(iter(skips.values()), {})
     _check_axes(clip, skip, seed_axis)

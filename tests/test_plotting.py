@@ -1,5 +1,6 @@
 """What is drawn, read back from the axes, is what the metrics say."""
 
+import functools
 import subprocess
 import sys
 import time
@@ -455,12 +456,99 @@ def test_an_axis_of_seeds_that_was_not_named_or_is_another_one_is_an_error(
         draw(seeded_groups, seed_axis=2, ax=new_axes())
 
 
+def share_logs(steps=STEPS, groups=5):
+    """Of the last group most, but for a spike of the second one in a step in the middle."""
+    squares = np.random.default_rng(5).lognormal(sigma=0.3, size=(steps, groups))
+    squares[:, -1] *= 9
+    squares[steps // 2, 1] *= 1000
+    return {"norm_share": squares / squares.sum(axis=1, keepdims=True), "loss": np.ones(steps)}
+
+
+def areas(ax):
+    """How high each area is in each column, by label, and where the columns begin and end."""
+    found = {}
+    for area in ax.collections:
+        x, y = area.get_paths()[0].vertices.T
+        edges = np.unique(x)
+        is_level, left = np.diff(x) != 0, np.minimum(x[:-1], x[1:])
+        levels = [y[:-1][is_level & (left == edge)] for edge in edges[:-1]]
+        assert {len(level) for level in levels} == {2}  # the lower and the upper one
+        found[area.get_label()] = np.ptp(levels, axis=1)
+    return found, edges
+
+
+def test_the_shares_of_the_groups_that_ever_held_the_most_are_stacked_on_each_other():
+    logs = share_logs()
+    shares = logs["norm_share"]
+    ax = plotting.plot_shares(logs, labels="abcde", top=2, ax=new_axes())
+    found, edges = areas(ax)
+    assert list(found) == ["e", "b", "other: 3"]
+    np.testing.assert_array_equal(edges, np.arange(0.5, STEPS + 1))
+    for label, expected in (("e", shares[:, 4]), ("b", shares[:, 1])):
+        np.testing.assert_allclose(found[label], expected, atol=1e-6)
+    np.testing.assert_allclose(found["other: 3"], shares[:, [0, 2, 3]].sum(axis=1), atol=1e-6)
+    assert legend(ax) == ["other: 3", "b", "e"]
+    assert ax.get_ylim() == (0, 1)
+    colours = [tuple(area.get_facecolor()[0]) for area in ax.collections]
+    assert len(set(colours)) == 3
+
+
+def test_all_groups_have_a_colour_where_there_are_few_and_their_numbers_for_names():
+    logs = share_logs(groups=3)
+    as_list = [{"norm_share": row} for row in logs["norm_share"]]
+    numbers = np.arange(10, 10 * STEPS + 1, 10)
+    found, edges = areas(plotting.plot_shares(as_list, steps=numbers, ax=new_axes()))
+    assert sorted(found) == ["0", "1", "2"]
+    np.testing.assert_array_equal(edges, np.arange(5, 10 * STEPS + 6, 10))
+    np.testing.assert_allclose(found["0"], logs["norm_share"][:, 0], atol=1e-6)
+
+
+def test_shares_of_several_seeds_are_their_mean():
+    runs = [share_logs()["norm_share"], np.roll(share_logs()["norm_share"], 3, axis=0)]
+    mean = (runs[0] + runs[1]) / 2
+    for axis in (0, 1):
+        logs = {"0/norm_share": np.stack(runs, axis=axis)}
+        ax = plotting.plot_shares(logs, seed_axis=axis, ax=new_axes())
+        np.testing.assert_allclose(areas(ax)[0]["4"], mean[:, 4], atol=1e-6)
+
+
+def test_a_column_of_a_long_run_of_shares_is_its_most_unusual_step():
+    logs = share_logs(steps=10_000)
+    found, _ = areas(plotting.plot_shares(logs, top=1, labels="abcde", ax=new_axes()))
+    assert list(found) == ["b", "other: 4"]
+    assert len(found["b"]) == 500
+    np.testing.assert_allclose(found["b"][250], logs["norm_share"][5000, 1], atol=1e-6)
+    assert np.max(np.delete(found["b"], 250)) < 0.5 < found["b"][250]
+
+
+def test_shares_of_another_form_are_refused(plain):
+    logs = share_logs()
+    draw = functools.partial(plotting.plot_shares, ax=new_axes())
+    for bad in (plain, {"norm_share": np.ones((2, 3, 4))}, [], {"norm_share": 1.0}):
+        with pytest.raises(ValueError, match="`metrics` must be a dictionary of arrays with"):
+            draw(bad)
+    two = {f"{place}/norm_share": logs["norm_share"] for place in range(2)}
+    with pytest.raises(ValueError, match=r"of one observe_norms, got those of \['0', '1'\]"):
+        draw(two)
+    for top in (0, 8):
+        with pytest.raises(ValueError, match=f"`top` must be an int from 1 to 7, got {top}"):
+            draw(logs, top=top)
+    with pytest.raises(ValueError, match="`labels` must have 5 entries, one a group, got"):
+        draw(logs, labels=["a"])
+    with pytest.raises(ValueError, match=f"`steps` must be {STEPS} increasing numbers"):
+        draw(logs, steps=[1])
+
+
 def test_draws_where_it_is_told_and_changes_no_setting(plain, grouped):
     before = dict(mpl.rcParams)
     backend = mpl.get_backend()
     plt.switch_backend("Agg")
     try:
-        for draw, logs in ((plotting.plot_norms, plain), (plotting.plot_groups, grouped)):
+        for draw, logs in (
+            (plotting.plot_norms, plain),
+            (plotting.plot_groups, grouped),
+            (plotting.plot_shares, share_logs()),
+        ):
             mine = new_axes()
             assert draw(logs, ax=mine) is mine
             assert plt.get_fignums() == []
