@@ -5,7 +5,6 @@ A clip of the global norm says that the norm was large, and not which layer made
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -84,8 +83,6 @@ def observe_norms(
         check_groups("observed_norm", state.observed_norm, shape)
         leaves = clippable_leaves(updates, groups.takes_part)
         norms = group_norms(list(leaves.values()), groups.partition(leaves), axis_name=axis_name)
-        # A derivative of what is only reported could be infinite, and times zero NaN.
-        norms = jax.lax.stop_gradient(norms)
         record = NormMetrics(reported(norms).reshape(shape), shares(norms).reshape(shape))
         return updates, vary_as_before(record, state)
 

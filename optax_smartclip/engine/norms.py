@@ -255,11 +255,12 @@ def shares(norms: Float[Array, "*steps groups"]) -> Float32[Array, "*steps group
     """
     finite = jnp.isfinite(norms)
     culprits = jnp.where(finite.all(axis=-1, keepdims=True), norms, jnp.where(finite, 0.0, 1.0))
-    # In units of the largest, so that no square overflows and the sum is not lost.
-    largest = jnp.max(culprits, axis=-1, keepdims=True, initial=0.0)
+    # In units of the largest, so that no square overflows and the sum is not lost. Shares do not
+    # depend on the unit, whose derivative would overflow.
+    largest = jax.lax.stop_gradient(jnp.max(culprits, axis=-1, keepdims=True, initial=0.0))
     squares = jnp.square(culprits / jnp.where(largest > 0, largest, 1.0))
     total = jnp.sum(squares, axis=-1, keepdims=True)
-    return as_float32(squares / jnp.maximum(total, 1.0))
+    return as_float32(squares / jnp.where(total > 0, total, 1.0))
 
 
 def _rounded(norms: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

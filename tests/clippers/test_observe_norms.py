@@ -198,19 +198,46 @@ def test_a_gradient_on_explicit_axes_is_observed_as_on_one_device():
     assert updates["head"]["kernel"].sharding == placed["head"]["kernel"].sharding
 
 
-def test_under_shard_map_norms_are_summed_over_the_named_axis():
+def two_steps_under_shard_map(tx, to_grads, out_specs):
+    """The record after two steps of a scan, of gradients that are parts of one."""
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
-    grads = gradient(1, 2, 3)
-    tx = observe_norms(axis_name="x")
 
-    def two_steps(grads):
-        state = tx.init(grads)
-        return jax.lax.scan(lambda s, _: (tx.update(grads, s)[1], None), state, length=2)[0]
+    def two_steps(part):
+        def step(state, _):
+            return tx.update(to_grads(part), state)[1], None
 
-    mapped = jax.shard_map(two_steps, mesh=mesh, in_specs=(SPECS,), out_specs=P())
-    assert_close(
-        smartclip.metrics(jax.jit(mapped)(grads)), observe(observe_norms(), grads), rtol=1e-6
-    )
+        state = jax.lax.scan(step, tx.init(part), length=2)[0]
+        return jax.tree.map(lambda values: values[None], smartclip.metrics(state))
+
+    mapped = jax.shard_map(two_steps, mesh=mesh, in_specs=(SPECS,), out_specs=out_specs)
+    return jax.jit(mapped)(gradient(1, 2, 3))
+
+
+def parts(grads):
+    """What each of four devices has of a gradient."""
+    for n in range(4):
+        rows, columns = slice(2 * n, 2 * n + 2), (slice(None), slice(2 * n, 2 * n + 2))
+        body = {"kernel": grads["body"]["kernel"][rows], "bias": grads["body"]["bias"]}
+        yield {"body": body, "head": {"kernel": grads["head"]["kernel"][columns]},
+               "norm": grads["norm"][rows]}  # fmt: skip
+
+
+def test_under_shard_map_norms_are_summed_over_the_named_axis():
+    record = two_steps_under_shard_map(observe_norms(axis_name="x"), lambda part: part, P())
+    assert_record(jax.tree.map(lambda values: values[0], record), of_layers(gradient(1, 2, 3)))
+
+
+def test_under_shard_map_each_device_observes_its_own_gradient_or_the_mean_of_all():
+    grads = list(parts(gradient(1, 2, 3)))
+    mean = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *grads)
+    for to_grads, expected in (
+        (lambda part: part, grads),
+        (lambda part: jax.lax.pmean(part, "x"), [mean] * 4),
+    ):
+        record = two_steps_under_shard_map(observe_norms(), to_grads, P("x"))
+        for device, of_device in enumerate(expected):
+            one = jax.tree.map(lambda values, n=device: values[n], record)
+            assert_record(one, of_layers(of_device))
 
 
 def test_a_dropped_step_is_recorded_before_skip_spikes_and_not_within_it():
@@ -227,21 +254,22 @@ def test_a_dropped_step_is_recorded_before_skip_spikes_and_not_within_it():
         assert_record(record, of_layers(recorded))
 
 
-def test_derivatives_through_it_are_finite_and_those_without_it():
-    def last_norm(size, tx):
-        def step(state, by):
-            updates, state = tx.update({"w": size * by * jnp.ones(3)}, state)
-            return state, jnp.sum(updates["w"])
+@pytest.mark.parametrize("sizes", [[3.0, 4.0, 0.0], [3e-30, 0.0, 1e-30], [0.0, 2e25, 0.0]])
+def test_shares_have_their_derivatives_whatever_the_size_of_the_gradient(sizes):
+    tx = observe_norms("per_param")
 
-        state = tx.init({"w": jnp.ones(3)})
-        return jnp.sum(jax.lax.scan(step, state, jnp.float32([0.0, 1e-30, 1.0]))[1])
+    def share(sizes):
+        grads = {str(number): size[None] for number, size in enumerate(sizes)}
+        return tx.update(grads, tx.init(grads))[1].norm_share
 
-    clipper = smartclip.autoclip(max_norm=0.5)
-    one, other = (
-        jax.grad(last_norm)(jnp.float32(1e-3), tx)
-        for tx in (clipper, optax.chain(observe_norms("per_param"), clipper))
-    )
-    assert one == other != 0
+    x = np.float64(sizes)
+    of_each = np.diag(x) - np.outer(shares(x), x)
+    expected = 2 * of_each / np.sum(x**2)
+    for jacobian in (jax.jacfwd, jax.jacrev):
+        scaled = np.max(x) * np.float64(jax.jit(jacobian(share))(jnp.float32(sizes)))
+        np.testing.assert_allclose(scaled, np.max(x) * expected, rtol=1e-5, atol=1e-6)
+        zeros = jax.jit(jacobian(share))(jnp.zeros(3))
+        np.testing.assert_array_equal(zeros, 0.0)
 
 
 def test_graft_takes_it_into_a_run_and_out_of_it():
