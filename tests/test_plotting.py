@@ -582,6 +582,7 @@ def test_metrics_of_another_form_are_refused(plain, grouped):
         short,
         deep,
         {"grad_norm": plain["grad_norm"]},
+        {"num_steps": plain["num_steps"]},
     ]
     for metrics in bad:
         for draw in (plotting.plot_norms, plotting.plot_groups):

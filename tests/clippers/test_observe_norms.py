@@ -193,6 +193,8 @@ def test_a_gradient_on_explicit_axes_is_observed_as_on_one_device():
             lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), grads, SPECS
         )
         updates, state = jax.jit(tx.update)(placed, tx.init(placed))
+        found = jax.jit(smartclip.culprits)(smartclip.metrics(state))
+    assert found.by_share.tolist() == smartclip.culprits(alone).by_share.tolist()
     assert_close(smartclip.metrics(state), alone, rtol=1e-6)
     assert all(leaf.sharding.is_fully_replicated for leaf in state)
     assert updates["head"]["kernel"].sharding == placed["head"]["kernel"].sharding

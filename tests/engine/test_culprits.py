@@ -111,10 +111,14 @@ def test_a_spike_is_found_at_its_step_inside_a_scan_of_runs_under_vmap():
             of_observer(NORMS),
             "head 85.2 % of the squared norm; neck 9.47 % of the squared norm",
         ),
+        (
+            of_observer(NORMS, 8.0),
+            "head 85.2 % of the squared norm, 1.5 x the threshold; neck 9.47 % of the squared norm",
+        ),
         (of_observer([1, 1, INF, 1]), "neck 100 % of the squared norm, NaN or Inf"),
         (of_observer([0, 0, 0, 0], 1.0), "a gradient of zero"),
     ],
-    ids=["clipper", "observer", "not finite", "zero"],
+    ids=["clipper", "observer", "observer and clipper", "not finite", "zero"],
 )
 def test_one_line_names_them(metrics, line):
     assert culprits(metrics, top=2).describe(LABELS) == line
