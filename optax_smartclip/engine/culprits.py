@@ -76,7 +76,8 @@ def culprits(metrics: Mapping[str, Any], *, top: int = 5) -> Culprits:
     Args:
         metrics: What `smartclip.metrics` returned, with the record of `observe_norms`, of a
             clipper, or both. A clipper with several groups must have the `scope` of
-            `observe_norms`. Values may have leading axes, as of the steps of a scan.
+            `observe_norms`. The threshold of the units of `agc` is not one of a norm: leave
+            `clip_threshold` out. Values may have leading axes, as of the steps of a scan.
         top: How many groups to return at most.
 
     Returns:
@@ -111,7 +112,7 @@ def culprits(metrics: Mapping[str, Any], *, top: int = 5) -> Culprits:
         )
     norms = jnp.atleast_1d(as_float32(metrics[names[0]]))
     share = jnp.atleast_1d(metrics["norm_share"]) if observed else shares(_known(norms))
-    thresholds = as_float32(metrics.get("clip_threshold", LARGEST))
+    thresholds = as_float32(metrics.get("clip_threshold", jnp.full(norms.shape, LARGEST)))
     if thresholds.ndim < norms.ndim:
         thresholds = thresholds[..., None]
     if thresholds.shape[-1] not in (1, norms.shape[-1]):

@@ -95,8 +95,10 @@ def test_a_spike_is_found_at_its_step_inside_a_scan_of_runs_under_vmap():
     assert found.share[0, 20, 0] == np.max(found.share[0, :, 0]) > 0.99
     expected = 50 * 3**0.5 / records["clip_threshold"][0, 20]
     np.testing.assert_allclose(found.excess[0, 20, 0], expected, rtol=1e-5)
-    # Of all steps at once, it finds the same.
+    # Of all steps at once, it finds the same, also without a clipper.
     jax.tree.map(np.testing.assert_array_equal, culprits(records, top=2), found)
+    observed = {name: records[name] for name in smartclip.NormMetrics._fields}
+    np.testing.assert_array_equal(culprits(observed, top=2).by_share, found.by_share)
 
 
 @pytest.mark.parametrize(
