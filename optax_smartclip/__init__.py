@@ -9,6 +9,11 @@ from optax_smartclip.clippers.agc import agc
 from optax_smartclip.clippers.autoclip import autoclip
 from optax_smartclip.clippers.observe_norms import observe_norms
 from optax_smartclip.clippers.skip_spikes import SkipState, skip_spikes
+from optax_smartclip.clippers.stable_adamw import (
+    StableAdamState,
+    scale_by_stable_adam,
+    stable_adamw,
+)
 from optax_smartclip.clippers.where_skipped import where_skipped
 from optax_smartclip.clippers.zclip import zclip
 from optax_smartclip.clippers.zscore_clip import zscore_clip
@@ -37,6 +42,7 @@ __all__ = [
     "NormMetrics",
     "SkipMetrics",
     "SkipState",
+    "StableAdamState",
     "ThresholdRule",
     "ZScoreClip",
     "adagc",
@@ -54,7 +60,9 @@ __all__ = [
     "metrics",
     "observe_norms",
     "ring_buffer",
+    "scale_by_stable_adam",
     "skip_spikes",
+    "stable_adamw",
     "where_skipped",
     "zclip",
     "zscore_clip",

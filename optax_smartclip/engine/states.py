@@ -87,8 +87,7 @@ GRAFT = "`smartclip.graft` puts the rest of a saved optimizer state beside a new
 
 def check_is_state(state: Any, cls: Any) -> None:
     """Raises ValueError unless `state` has the fields of a state of this class."""
-    is_tuple = issubclass(cls, tuple)
-    names = cls._fields if is_tuple else [field.name for field in dataclasses.fields(cls)]
+    names = getattr(cls, "_fields", None) or [field.name for field in dataclasses.fields(cls)]
     # Compares fields, because reloading a module creates a new class.
     if not all(hasattr(state, name) for name in names):
         raise ValueError(
