@@ -393,3 +393,55 @@ def test_weight_decay_needs_the_parameters():
     tx = smartclip.stable_adamw(0.1)
     with pytest.raises(ValueError, match="`params` must be passed"):
         tx.update(PARAMS, tx.init(PARAMS))
+
+
+def adam(make=optax.adamw, b2=0.999):
+    return lenient(make(0.1, b2=b2, eps=1e-8, weight_decay=0.0))
+
+
+# What stands in the table of the page, at b2 of 0.999 and 0.99.
+ARMS = {
+    "none": (lambda b2: adam(b2=b2), 6.0, 4e-4),
+    "fixed": (lambda b2: optax.chain(optax.clip_by_global_norm(1.0), adam(b2=b2)), 6.0, 4e-4),
+    "autoclip": (lambda b2: optax.chain(smartclip.autoclip(), adam(b2=b2)), 6.0, 2e-3),
+    "zclip": (lambda b2: optax.chain(smartclip.zclip(max_norm=None), adam(b2=b2)), 1.4, 5e-5),
+    "behind": (lambda b2: optax.chain(adam(b2=b2), smartclip.autoclip()), 6.1, 2e-4),
+    "stable": (lambda b2: adam(smartclip.stable_adamw, b2), 1.3, 6e-3),
+}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_where_gradients_grow_slowly_the_longest_step_is_that_of_the_page(arm):
+    """By 2 % a step from 0.01, behind 1,000 steps; in units of the median step before."""
+    make, expected, _ = ARMS[arm]
+    sizes = 0.01 * np.r_[np.ones(1000), 1.02 ** np.arange(227)]
+    grads = np.random.default_rng(0).normal(size=(1227, 16))
+    grads *= (sizes / np.linalg.norm(grads, axis=1))[:, None]
+    tx, params = make(0.999), jnp.zeros(16)
+
+    def step(state, grad):
+        updates, state = tx.update(grad, state, params)
+        return state, jnp.linalg.norm(updates)
+
+    lengths = jax.lax.scan(step, tx.init(params), jnp.float32(grads))[1]
+    longest = np.max(lengths[1000:]) / np.median(lengths[500:1000])
+    assert longest == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_on_a_parabola_the_bursts_are_those_of_the_page(arm):
+    """The median over 32 starts of the largest loss behind step 300."""
+    make, _, expected = ARMS[arm]
+    tx = make(0.99)
+
+    def train(weight):
+        def step(carry, _):
+            weight, state = carry
+            updates, state = tx.update(weight, state, weight)
+            return (weight + updates, state), weight**2 / 2
+
+        return jax.lax.scan(step, (weight, tx.init(weight)), length=2000)[1]
+
+    starts = jnp.float32(np.random.default_rng(0).normal(size=32))
+    worst = np.max(jax.jit(jax.vmap(train))(starts)[:, 300:], axis=1)
+    assert expected / 2 < np.median(worst) < expected * 2

@@ -326,6 +326,7 @@ INJECTED = {
     "adagc": smartclip.adagc,
     "agc": smartclip.agc,
     "skip_spikes": smartclip.skip_spikes,
+    "scale_by_stable_adam": smartclip.scale_by_stable_adam,
 }
 TWO_LAYERS = {"body": {"w": jnp.ones((2, 3))}, "head": {"w": jnp.ones(3)}}
 # Of each argument that is no number: what works under inject_hyperparams, and what it makes an
@@ -351,6 +352,7 @@ NOT_TRACED = {
     "history": ([smartclip.ring_buffer(5)], [5]),
     "clip_to": (["mean"], [0]),
     "window": ([], [8]),
+    "mu_dtype": (["bfloat16"], []),
     "rule": ([RULE], []),
     "inner": ([optax.identity()], []),
 }
@@ -369,8 +371,10 @@ def not_traced(which):
 
 
 def injected(factory, name, value):
-    static_args = {"window"} & inspect.signature(INJECTED[factory]).parameters.keys() - {name}
-    arguments = NEEDED.get(factory, {}) | NEEDED_BY.get(name, {}) | {name: value}
+    parameters = inspect.signature(INJECTED[factory]).parameters
+    static_args = {"window"} & parameters.keys() - {name}
+    needed = NEEDED.get(factory, {}) | (NEEDED_BY.get(name, {}) if "scope" in parameters else {})
+    arguments = needed | {name: value}
     return optax.inject_hyperparams(INJECTED[factory], static_args=static_args)(**arguments)
 
 
@@ -401,6 +405,7 @@ def test_every_argument_is_a_number_or_among_those_that_cannot_be_traced():
     numbers = {
         "percentile", "zmax", "decay", "clip_factor", "record_limit", "relative_clip",
         "absolute_clip", "clipping", "eps", "sigma", "max_consecutive", "warmup_steps", "max_norm",
+        "b1", "b2", "weight_decay",
     }  # fmt: skip
     for factory in INJECTED.values():
         assert set(inspect.signature(factory).parameters) <= numbers | NOT_TRACED.keys()
