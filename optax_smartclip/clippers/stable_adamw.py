@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Inexact, Int32
+from jaxtyping import Array, Float, Inexact, Int32
 
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.dtypes import is_inexact, working_dtype
@@ -227,7 +227,7 @@ def scale_by_stable_adam(
         leaves = clippable_leaves(updates, groups.takes_part)
         count = optax.safe_increment(state.count)
 
-        mu, nu, ratios, steps = {}, {}, [], []
+        mu, nu, ratios, steps = {}, {}, {}, []
         for path, leaf in leaves.items():
             dtype = working_dtype(old_nu[path].dtype)
             grad = leaf.astype(dtype)
@@ -241,20 +241,18 @@ def scale_by_stable_adam(
             )
             size = safe_sqrt(square / _correction(b2, count, square.dtype))
             least = jnp.asarray(eps).astype(size.dtype)
-            ratios.append(grad / jnp.maximum(size, least).astype(dtype))
+            ratios[path] = grad / jnp.maximum(size, least).astype(dtype)
             step = mean / _correction(b1, count, dtype) / (size + least).astype(dtype)
             if path in decayed:
                 step += jnp.asarray(weight_decay).astype(dtype) * weights[path].astype(dtype)
             steps.append(step)
 
-        partition = groups.partition(leaves)
-        norms = group_norms(ratios, partition, axis_name=axis_name)
-        rms = norms / np.sqrt(_sizes(leaves, groups, axis_names(axis_name))).astype(norms.dtype)
+        rms = _group_rms(ratios, groups, axis_name)
         is_over = rms > 1 + _ROUNDING / new_weight(b2).astype(rms.dtype)
         rms = jnp.where(is_over, rms, jnp.minimum(rms, 1.0))
         limits = jnp.ones_like(rms)
         scales = signed_scale(rms, limits)
-        scaled = scale_arrays(steps, partition, scales, "propagate")
+        scaled = scale_arrays(steps, groups.partition(leaves), scales, "propagate")
 
         last = next_metrics(state.clipper.last, rms, limits, scales, "propagate")
         num_observed = increment_where(has_gradient(rms), state.clipper.num_observed)
@@ -305,12 +303,15 @@ def _decay_and_weight(decay: Any, dtype: Any) -> tuple[Inexact[Array, ""], Inexa
     return jnp.asarray(decay).astype(dtype), jnp.asarray(weight).astype(dtype)
 
 
-def _sizes(leaves: dict[KeyPath, Array], groups: Groups, names: tuple[str, ...]) -> np.ndarray:
-    """How many elements each group has, on all devices together; at least 1."""
+def _group_rms(
+    leaves: dict[KeyPath, Array], groups: Groups, axis_name: AxisName
+) -> Float[Array, " groups"]:
+    """The root mean square of each group, over all devices; 0 of what has no elements."""
     sizes = np.ones(groups.num_groups)
     for path, leaf in leaves.items():
         num_slices = math.prod(groups.stacks[path].sizes)
-        num_parts = SumOverDevices([leaf], names)(1.0)
+        num_parts = SumOverDevices([leaf], axis_names(axis_name))(1.0)
         first = groups.first[path]
         sizes[first : first + num_slices] = max(leaf.size, 1) // num_slices * num_parts
-    return sizes
+    norms: Array = group_norms(list(leaves.values()), groups.partition(leaves), axis_name=axis_name)
+    return norms / np.sqrt(sizes).astype(norms.dtype)
