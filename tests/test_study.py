@@ -204,6 +204,7 @@ def test_signs_that_differ_are_named():
     assert line.startswith("autoclip() less no clipping at 0.1: -0.1")
 
 
+@pytest.mark.long
 def test_a_slice_has_the_signs_of_the_stored_results(tmp_path, capsys):
     assert study.main(["--task", "regression", "--quick", "--out", str(tmp_path)]) == 0
     assert "Signs that differ" not in capsys.readouterr().out

@@ -124,7 +124,7 @@ def check_num_groups(state: Any, num_groups: int) -> None:
     check_groups("num_observed", state.num_observed, (num_groups,))
 
 
-def check_groups(name: str, field: Array, shape: tuple[int, ...]) -> None:
+def check_groups(name: str, field: Any, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless a field of a state has this shape, with an entry for each group."""
     if field.shape != shape:
         raise ValueError(
