@@ -10,7 +10,7 @@ import optax
 
 from optax_smartclip.engine.groups import Groups, LeafMask, Scope, assign_groups, check_scope
 from optax_smartclip.engine.meshes import AxisName, vary_as, vary_as_before
-from optax_smartclip.engine.metrics import NormMetrics, reported
+from optax_smartclip.engine.metrics import NormMetrics, record_shape, reported
 from optax_smartclip.engine.norms import group_norms, shares
 from optax_smartclip.engine.stacks import Stacked, check_stacked
 from optax_smartclip.engine.states import check_groups, check_is_state
@@ -65,11 +65,8 @@ def observe_norms(
     def groups_of(tree: PyTree) -> Groups:
         return assign_groups(scope, tree, stacked=stacked, mask=mask)
 
-    def shape_of(groups: Groups) -> tuple[int, ...]:
-        return () if groups.num_groups == 1 else (groups.num_groups,)
-
     def init_fn(params: PyTree) -> NormMetrics:
-        shape = shape_of(groups_of(params))
+        shape = record_shape(groups_of(params).num_groups)
         record = NormMetrics(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
         return vary_as(record, params, axis_name)
 
@@ -78,7 +75,7 @@ def observe_norms(
     ) -> tuple[PyTree, NormMetrics]:
         del extra_args
         groups = groups_of(updates if params is None else params)
-        shape = shape_of(groups)
+        shape = record_shape(groups.num_groups)
         check_is_state(state, NormMetrics)
         check_groups("observed_norm", state.observed_norm, shape)
         leaves = clippable_leaves(updates, groups.takes_part)

@@ -184,8 +184,8 @@ def scale_by_stable_adam(
         >>> print(f"{updates:.3f}")  # 1.32 / 1.32
         1.000
     """
-    checks.check_number("b1", b1, 0.0, 1.0, allowed="in [0, 1)", strict_high=True)
-    checks.check_number("b2", b2, 0.0, 1.0, allowed="in [0, 1)", strict_high=True)
+    checks.check_decay(b1, "b1")
+    checks.check_decay(b2, "b2")
     checks.check_positive("eps", eps)
     checks.check_number("weight_decay", weight_decay, 0.0, float("inf"), allowed=">= 0")
     check_stacked(stacked, "per_param")

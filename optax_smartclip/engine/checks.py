@@ -83,9 +83,9 @@ def check_positive(name: str, value: Any, *, none: str = "") -> None:
         check_number(name, value, 0.0, float("inf"), allowed=allowed, strict_low=True)
 
 
-def check_decay(decay: Any) -> None:
+def check_decay(decay: Any, name: str = "decay") -> None:
     """Raises ValueError unless `0 <= decay < 1`."""
-    check_number("decay", decay, 0.0, 1.0, allowed="in [0, 1)", strict_high=True)
+    check_number(name, decay, 0.0, 1.0, allowed="in [0, 1)", strict_high=True)
 
 
 def check_size(name: str, value: Any, high: int, *, low: int = 1) -> None:

@@ -99,9 +99,14 @@ for _record in RECORDS:
         )
 
 
+def record_shape(num_groups: int) -> tuple[int, ...]:
+    """The shape of the fields of a record."""
+    return () if num_groups == 1 else (num_groups,)
+
+
 def init_metrics(num_groups: int) -> ClipMetrics:
     """The metrics before the first step: zero norms, no thresholds, no steps."""
-    shape = () if num_groups == 1 else (num_groups,)
+    shape = record_shape(num_groups)
 
     # A new array for each field: one array in two fields could not be donated.
     def count() -> Int32[Array, " *groups"]:

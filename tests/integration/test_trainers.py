@@ -181,7 +181,7 @@ def test_a_state_that_waits_in_host_memory_gives_the_same_numbers(name):
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     kinds = [memory.kind for memory in jax.devices()[0].addressable_memories()]
     if "pinned_host" not in kinds:
-        pytest.skip("no memory of the host that could be named")
+        pytest.skip("JAX has no pinned_host memory on this platform")
     host = device.with_memory_kind("pinned_host")
 
     @functools.partial(jax.jit, out_shardings=(device, host))
