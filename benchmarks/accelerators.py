@@ -52,8 +52,11 @@ from contenders import (
     AUTO,
     GLOBAL,
     NONE,
+    OBSERVE,
     OPTIMIZERS,
     SKIP,
+    STABLE,
+    UPDATES,
     ZSCORE,
     Wrap,
     before,
@@ -160,6 +163,7 @@ CLIPPERS: dict[str, Wrap] = {
     AGC: CONTENDERS[AGC],
     SKIP: CONTENDERS[SKIP],
     SKIP_ALONE: smartclip.skip_spikes,
+    **{name: CONTENDERS[name] for name in (OBSERVE, UPDATES, STABLE)},
 }
 
 # What is compiled: which clippers, on which model, over how many devices.

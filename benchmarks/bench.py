@@ -24,7 +24,7 @@ pairs, with quartiles, so that it hardly depends on what else the machine does.
   GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment shows how much.
 - compile: seconds to trace, lower and compile, after all caches were emptied: once, but the median
   of three, in turns, for the steps of `COMPILATIONS`.
-- state: bytes that the clipper keeps.
+- state: bytes that the clipper keeps; those of the moments too where it is an optimizer itself.
 
 Two rows show where the rest of the cost is: `min(1, 1 / norm)` is as little as clipping can be, and
 `clip_by_rule, fixed` has all of this library but something that learns. Two more, of the toy model,
@@ -38,16 +38,13 @@ what users of PyTorch's `clip_grad_norm_` write: norm in one program, `float()`,
 
 import argparse
 import json
-import math
 import time
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import smartclip as smartclip_011
 from contenders import (
@@ -58,9 +55,12 @@ from contenders import (
     AUTO,
     GLOBAL,
     NONE,
-    OPTIMIZERS,
+    OBSERVE,
+    OPTIMIZERS_TOO,
     PER_PARAM,
     SGD,
+    STABLE,
+    UPDATES,
     WINDOW128,
     WINDOW1024,
     WINDOW65536,
@@ -69,6 +69,7 @@ from contenders import (
     is_chosen,
 )
 from contenders import CLIPPERS as CONTENDERS
+from cost_table import Contenders, Row, format_cell, measure_cell
 from machine import describe_machine
 from models import (
     GPT24,
@@ -81,39 +82,18 @@ from models import (
     STACK4,
     STACK128,
     TOY,
-    is_shape,
 )
-from program_text import temporary_bytes, usual_bytes, xla_bytes
 from smartclip.backends.jax import apply_grads as apply_grads_011
 from targets import Target, format_targets
+from timed_steps import Program, Step, World, copy_bandwidth
 
 import optax_smartclip as smartclip
 from optax_smartclip.clippers import agc
 
 Tree = Any
 
-# Of steps that are timed together, in seconds: long beside the clock and short beside the noise.
-BATCH = 0.03
-MAX_BATCH = 500
 REPEATS = 15
 QUICK_REPEATS = 5
-COPIED_BYTES = 2**27
-
-
-def random_tree(shapes: Tree, seed: int, size: float) -> Tree:
-    """Arrays on the device, normally distributed."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda shape: jnp.asarray(np.float32(size) * rng.standard_normal(shape, np.float32)),
-        shapes,
-        is_leaf=is_shape,
-    )
-
-
-def num_bytes(tree: Tree) -> int:
-    """Of all leaves."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
 
 # Clippers taken apart.
 
@@ -147,6 +127,40 @@ def agc_without_report() -> Wrap:
         return before(smartclip.agc())
 
 
+def norm_on_the_host(optimizer: optax.GradientTransformation) -> Step:
+    """What users of PyTorch's `clip_grad_norm_` write."""
+    norm_of, optimize = jax.jit(optax.tree.norm), scaled_step(optimizer)
+
+    def step(params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
+        scale = min(1.0, 1.0 / (float(norm_of(grads)) + 1e-6))
+        return optimize(params, state, grads, scale)
+
+    return step
+
+
+def eager_smartclip(optimizer: optax.GradientTransformation) -> Step:
+    """The package smartclip, which runs eagerly."""
+    jax.tree_map = jax.tree.map
+    clipper = smartclip_011.AutoClip(warmup_steps=0, min_history=0)
+    optimize = scaled_step(optimizer)
+
+    def step(params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
+        return optimize(params, state, apply_grads_011(grads, params, clipper), 1.0)
+
+    return step
+
+
+def scaled_step(optimizer: optax.GradientTransformation) -> Any:
+    """A compiled step that multiplies the gradient by a number from the host."""
+
+    def apply(params: Tree, state: Tree, grads: Tree, scale: Any) -> tuple[Tree, Tree]:
+        grads = jax.tree.map(lambda grad: scale * grad, grads)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(apply, donate_argnums=(0, 1))
+
+
 # The engine alone.
 FIXED = smartclip.ThresholdRule(
     init=jnp.ones, threshold=lambda limits, _: limits, record=lambda limits, *_: limits
@@ -165,19 +179,21 @@ CLIPPERS: dict[str, Wrap] = {
     PER_LAYER: before(smartclip.autoclip(scope="per_layer")),
     STACKS: before(smartclip.autoclip(scope="per_layer", stacked={"layers": 0})),
 }
-ON_THE_HOST = (FETCHED, EAGER)
+HOST_STEPS = {FETCHED: norm_on_the_host, EAGER: eager_smartclip}
 LESS_THAN_AGC = ("agc(), no report",)
 ON_SOME_MODELS = (*LESS_THAN_AGC, PER_LAYER, STACKS)
-REFERENCES = {WINDOW65536: WINDOW128} | dict.fromkeys((AGC, *LESS_THAN_AGC), ADAPTIVE)
+REFERENCES = {WINDOW65536: WINDOW128, OBSERVE: AUTO, UPDATES: AUTO, STABLE: NONE} | dict.fromkeys(
+    (AGC, *LESS_THAN_AGC), ADAPTIVE
+)
 
 # What is measured by default: which clippers, on which model, before which optimizer.
 CELLS: dict[tuple[str, str], tuple[str, ...]] = {
-    (TOY, ADAMW): (*(name for name in CLIPPERS if name not in ON_SOME_MODELS), *ON_THE_HOST),
+    (TOY, ADAMW): (*(name for name in CLIPPERS if name not in ON_SOME_MODELS), *HOST_STEPS),
     (GPT24, ADAMW): (
         *(name for name in CLIPPERS if "alone" not in name and name not in ON_SOME_MODELS),
-        *ON_THE_HOST,
+        *HOST_STEPS,
     ),
-    (GPT24, SGD): (NONE, "clip_by_block_rms(1)", AUTO, AGC, *LESS_THAN_AGC),
+    (GPT24, SGD): (NONE, "clip_by_block_rms(1)", AUTO, OBSERVE, AGC, *LESS_THAN_AGC),
     (GPT24, ALONE): (AUTO, AGC),
     (RESNET, SGD): (NONE, AUTO, AGC, *LESS_THAN_AGC),
     (LEAVES300, ADAMW): (NONE, AUTO, PER_PARAM),
@@ -192,277 +208,7 @@ QUICK = {(TOY, ADAMW): (NONE, AUTO, WINDOW1024), (GPT24, ADAMW): (NONE, AUTO)}
 COMPILATIONS = {(GPT24, ADAMW, label): 3 for label in (GLOBAL, LEAST, ENGINE, AUTO)} | {
     (model, ADAMW, STACKS): 3 for model in (STACK128, STACK4)
 }
-
-
-# Steps.
-
-
-class World:
-    """What all steps on one model with one optimizer work on, one after the other."""
-
-    def __init__(self, shapes: Tree, optimizer: optax.GradientTransformation, alone: bool):
-        self.params = random_tree(shapes, 0, 0.02)
-        self.grads = random_tree(shapes, 1, 0.01)
-        self.optimizer = optimizer
-        self.opt_state = optimizer.init(self.params)
-        self.alone = alone
-
-
-class Program:
-    """A step as one compiled program, and what is known of it without running it."""
-
-    def __init__(self, world: World, wrap: Wrap):
-        self.world = world
-        self.tx = wrap(world.optimizer)
-        # The optimizer's state goes where a transformation in its place leaves this mark.
-        mark = object()
-        marked = wrap(optax.GradientTransformation(lambda _: mark, world.optimizer.update))
-        own, self.structure = jax.tree.flatten(marked.init(world.params))
-        self.place = own.index(mark)
-        self.own = own
-        self.state_bytes = sum(leaf.nbytes for leaf in own if leaf is not mark)
-        self.compile_times: list[float] = []
-        self.compile()
-
-    def compile(self) -> None:
-        """Anew."""
-        world, tx = self.world, self.tx
-
-        def step(params, state, grads):
-            updates, state = tx.update(grads, state, params)
-            return (updates if world.alone else optax.apply_updates(params, updates)), state
-
-        donated = (1,) if world.alone else (0, 1)
-        state = self.full_state()
-        jax.clear_caches()
-        start = time.perf_counter()
-        lowered = jax.jit(step, donate_argnums=donated).lower(world.params, state, world.grads)
-        self.call = lowered.compile()
-        self.compile_times.append(time.perf_counter() - start)
-
-    def full_state(self) -> Tree:
-        """The clipper's state together with the optimizer's."""
-        leaves = list(self.own)
-        leaves[self.place] = self.world.opt_state
-        return jax.tree.unflatten(self.structure, leaves)
-
-    def run(self, steps: int) -> float:
-        """Seconds per step."""
-        world, call = self.world, self.call
-        params, state, grads = world.params, self.full_state(), world.grads
-        start = time.perf_counter()
-        if world.alone:
-            for _ in range(steps):
-                updates, state = call(params, state, grads)
-            jax.block_until_ready((updates, state))
-        else:
-            for _ in range(steps):
-                params, state = call(params, state, grads)
-            jax.block_until_ready((params, state))
-        seconds = (time.perf_counter() - start) / steps
-        self.own = self.structure.flatten_up_to(state)
-        world.params, world.opt_state = params, self.own[self.place]
-        return seconds
-
-
-class HostProgram:
-    """A step that takes the norm to the host."""
-
-    state_bytes = None
-    call = None
-    compile_times = ()
-
-    def __init__(self, world: World, label: str):
-        self.world = world
-
-        def apply(params, state, grads, scale):
-            grads = jax.tree.map(lambda grad: scale * grad, grads)
-            updates, state = world.optimizer.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        optimize = jax.jit(apply, donate_argnums=(0, 1))
-
-        if label == FETCHED:
-            norm_of = jax.jit(optax.tree.norm)
-
-            def step(params, state, grads):
-                scale = min(1.0, 1.0 / (float(norm_of(grads)) + 1e-6))
-                return optimize(params, state, grads, scale)
-        else:
-            jax.tree_map = jax.tree.map
-            clipper = smartclip_011.AutoClip(warmup_steps=0, min_history=0)
-
-            def step(params, state, grads):
-                return optimize(params, state, apply_grads_011(grads, params, clipper), 1.0)
-
-        self.step = step
-
-    def run(self, steps: int) -> float:
-        """Seconds per step."""
-        world = self.world
-        start = time.perf_counter()
-        for _ in range(steps):
-            world.params, world.opt_state = self.step(world.params, world.opt_state, world.grads)
-        jax.block_until_ready((world.params, world.opt_state))
-        return (time.perf_counter() - start) / steps
-
-
-class Times(NamedTuple):
-    """Of two programs, pair by pair."""
-
-    own: np.ndarray
-    reference: np.ndarray
-
-    def ratio(self) -> np.ndarray:
-        """Median, first and third quartile."""
-        return np.percentile(self.own / self.reference, [50, 25, 75])
-
-    def extra(self) -> np.ndarray:
-        """Seconds that it takes longer: median, first and third quartile."""
-        return np.percentile(self.own - self.reference, [50, 25, 75])
-
-
-def run_pairs(own: Any, reference: Any, repeats: int) -> Times:
-    """Some steps of one, some of the other, and so on."""
-    first = [min(program.run(1) for _ in range(2)) for program in (own, reference)]
-    steps = max(1, min(MAX_BATCH, round(BATCH / max(first))))
-    pairs = []
-    for number in range(repeats):
-        order = (own, reference) if number % 2 else (reference, own)
-        seconds = {program: program.run(steps) for program in order}
-        pairs.append((seconds[own], seconds[reference]))
-    return Times(*np.array(pairs).T)
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second, read and written, in memory that is already there."""
-    step = jax.jit(lambda array: array + 1.0, donate_argnums=0)
-    array = jnp.zeros(COPIED_BYTES // 4)
-    times = []
-    for _ in range(12):
-        start = time.perf_counter()
-        array = step(array).block_until_ready()
-        times.append(time.perf_counter() - start)
-    return 2 * COPIED_BYTES / float(np.median(times[2:]))
-
-
-# The table.
-
-
-class Row(NamedTuple):
-    """The figures of one clipper; times in seconds, sizes in units of the parameters' size.
-
-    Attributes:
-        ratio, extra: Time in units of the reference's and less the reference's: median, quartiles.
-    """
-
-    model: str
-    optimizer: str
-    clipper: str
-    reference: str
-    steps_timed: int
-    step: float
-    floor: float | None
-    ratio: tuple[float, ...]
-    extra: tuple[float, ...]
-    xla_bytes: float | None
-    bytes: float | None
-    temp: float | None
-    compile: float | None
-    state_bytes: int | None
-
-
-def measure_cell(
-    model: str, optimizer: str, labels: Iterable[str], repeats: int, bandwidth: float
-) -> list[Row]:
-    """All clippers on one model with one optimizer."""
-    world = World(MODELS[model](), OPTIMIZERS[optimizer](), optimizer == ALONE)
-    size = num_bytes(world.params)
-    pairs = {label: REFERENCES.get(label, GLOBAL) for label in labels if label != GLOBAL}
-    # A reference has a row, too.
-    pairs = {**{label: GLOBAL for label in pairs.values() if label != GLOBAL}, **pairs}
-    needed = [label for label in (*CLIPPERS, *ON_THE_HOST) if label in {GLOBAL, *pairs}]
-    programs = {
-        label: HostProgram(world, label)
-        if label in ON_THE_HOST
-        else Program(world, CLIPPERS[label])
-        for label in needed
-    }
-    again = {label: COMPILATIONS.get((model, optimizer, label), 1) - 1 for label in programs}
-    for number in range(max(again.values())):
-        for label in programs:
-            if number < again[label]:
-                programs[label].compile()
-    times = {
-        label: run_pairs(programs[label], programs[reference], repeats)
-        for label, reference in pairs.items()
-    }
-    by_global = [
-        times[label].reference for label, reference in pairs.items() if reference == GLOBAL
-    ]
-    times[GLOBAL] = Times(np.concatenate(by_global), np.concatenate(by_global))
-    # By ratios, which hold also where the machine was slower for one pair than for another.
-    relative = {GLOBAL: 1.0}
-    for label, reference in pairs.items():
-        relative[label] = times[label].ratio()[0] * relative[reference]
-    read = size / bandwidth / np.median(times[GLOBAL].own)
-    rows = []
-    for label, program in programs.items():
-        compiled = program.call
-
-        def in_sizes(number: float | None) -> float | None:
-            return None if number is None else number / size
-
-        rows.append(
-            Row(
-                model,
-                optimizer,
-                label,
-                pairs.get(label, GLOBAL),
-                len(times[label].own),
-                float(np.median(times[label].own)),
-                relative[label] / (relative[NONE] + read) if NONE in relative else None,
-                tuple(times[label].ratio()),
-                tuple(times[label].extra()),
-                in_sizes(compiled and xla_bytes(compiled)),
-                in_sizes(compiled and usual_bytes(compiled)),
-                in_sizes(compiled and temporary_bytes(compiled)),
-                float(np.median(program.compile_times)) if program.compile_times else None,
-                program.state_bytes,
-            )
-        )
-    return rows
-
-
-def number(value: float | None, form: str) -> str:
-    """A dash where there is none."""
-    return "-" if value is None else format(value, form)
-
-
-def format_cell(rows: list[Row]) -> str:
-    """The table of one model and optimizer."""
-    micro = rows[0].model == TOY
-    unit = 1e6 if micro else 1e3
-    width = max(map(len, (*CLIPPERS, *ON_THE_HOST))) + 1
-    head = f"{'step us' if micro else 'step ms':>9}{'floor':>8}{'ratio (quartiles)':>24}  "
-    head += f"{'to':<25}{'bytes':>24}{'temp':>10}{'compile':>9}{'state':>10}"
-    shapes = jax.tree.leaves(MODELS[rows[0].model](), is_leaf=is_shape)
-    total = sum(map(math.prod, shapes))
-    title = f"{rows[0].model}, {rows[0].optimizer}"
-    lines = [f"\n{title}: {total:,} parameters in {len(shapes)} leaves", f"{'':{width}}{head}"]
-    for row in rows:
-        line = f"{row.clipper:{width}}{unit * row.step:9.2f}{number(row.floor, '.2f'):>8}"
-        if row.clipper == GLOBAL:
-            line += f"{'1':>24}  {'':25}"
-        else:
-            median, low, high = row.ratio
-            line += f"{f'{median:.3f} ({low:.3f}-{high:.3f})':>24}  {row.reference:25}"
-        counted = number(row.bytes, ".2f")
-        if row.bytes is not None and row.xla_bytes - row.bytes > 0.005:
-            counted += f" ({row.xla_bytes:.2f})"
-        line += f"{counted:>24}{number(row.temp, '.2f'):>10}{number(row.compile, '.2f'):>9}"
-        lines.append(line + f"{number(row.state_bytes, 'd'):>10}")
-    return "\n".join(lines)
+COMPARED = Contenders(CLIPPERS, OPTIMIZERS_TOO, HOST_STEPS, REFERENCES, COMPILATIONS)
 
 
 # The targets.
@@ -514,11 +260,13 @@ def check_targets(rows: list[Row]) -> list[Target]:
         ratio_of("bytes", 1.0, model, SGD, AGC)
     time_of(1.2, GPT24, ADAMW, WINDOW65536)
 
-    # Where each leaf has a window, some of it is for the windows.
+    # Where each leaf has a window, some of it is for the windows. Updates that are judged after
+    # they are computed have to be held until then.
+    larger = (PER_PARAM, UPDATES, STABLE)
     excess = {
         row: row.temp - by_name[row.model, row.optimizer, row.reference].temp
         for row in rows
-        if row.model != TOY and row.clipper != PER_PARAM and row.temp is not None
+        if row.model != TOY and row.clipper not in larger and row.temp is not None
     }
     if excess:
         worst = max(excess, key=excess.get)
@@ -563,8 +311,8 @@ def main() -> None:
 
     rows: list[Row] = []
     for (model, optimizer), labels in cells.items():
-        measured = measure_cell(model, optimizer, labels, repeats, bandwidth)
-        print(format_cell(measured), flush=True)
+        measured = measure_cell(COMPARED, model, optimizer, labels, repeats, bandwidth)
+        print(format_cell(COMPARED, measured), flush=True)
         rows += measured
     targets = check_targets(rows)
     print(format_targets(targets))

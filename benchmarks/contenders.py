@@ -25,6 +25,8 @@ AUTO, AGC = "autoclip()", "agc()"
 WINDOW128, WINDOW1024, WINDOW65536 = (f"autoclip(90, window={size})" for size in (128, 1024, 65536))
 PER_PARAM = "autoclip(90, window=1024, per_param)"
 ZSCORE, SKIP = "zscore_clip()", "skip_spikes(chain(autoclip(), tx))"
+OBSERVE, UPDATES = "observe_norms(), autoclip()", "tx, autoclip()"
+STABLE = "stable_adamw"
 
 CLIPPERS: dict[str, Wrap] = {
     NONE: lambda optimizer: optimizer,
@@ -42,7 +44,12 @@ CLIPPERS: dict[str, Wrap] = {
     ZSCORE: before(smartclip.zscore_clip()),
     AGC: before(smartclip.agc()),
     SKIP: lambda optimizer: smartclip.skip_spikes(optax.chain(smartclip.autoclip(), optimizer)),
+    OBSERVE: before(optax.chain(smartclip.observe_norms(), smartclip.autoclip())),
+    UPDATES: lambda optimizer: optax.chain(optimizer, smartclip.autoclip()),
+    STABLE: lambda _: smartclip.stable_adamw(3e-4),
 }
+# In place of the optimizer, with a state of their own.
+OPTIMIZERS_TOO = (STABLE,)
 
 ADAMW, ADAM, SGD, ALONE = "adamw", "adam", "sgd", "alone"
 OPTIMIZERS = {

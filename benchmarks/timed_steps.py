@@ -1,0 +1,175 @@
+"""Compiled training steps without a model, timed in pairs.
+
+A step is a clipper, an optimizer and `optax.apply_updates`, with parameters and states donated. All
+steps on one model share a `World`, so that they work on the same buffers one after the other.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from contenders import Wrap
+from models import is_shape
+
+Tree = Any
+# Parameters, optimizer state and gradients to parameters and optimizer state.
+Step = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
+
+# Of steps that are timed together, in seconds: long beside the clock and short beside the noise.
+BATCH = 0.03
+MAX_BATCH = 500
+COPIED_BYTES = 2**27
+
+
+def random_tree(shapes: Tree, seed: int, size: float) -> Tree:
+    """Arrays on the device, normally distributed."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(np.float32(size) * rng.standard_normal(shape, np.float32)),
+        shapes,
+        is_leaf=is_shape,
+    )
+
+
+def num_bytes(tree: Tree) -> int:
+    """Of all leaves."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+class World:
+    """What all steps on one model with one optimizer work on, one after the other."""
+
+    def __init__(self, shapes: Tree, optimizer: optax.GradientTransformation, alone: bool):
+        self.params = random_tree(shapes, 0, 0.02)
+        self.grads = random_tree(shapes, 1, 0.01)
+        self.optimizer = optimizer
+        self.opt_state = optimizer.init(self.params)
+        self.alone = alone
+
+
+class Program:
+    """A step as one compiled program, and what is known of it without running it.
+
+    The state of the world's optimizer is shared with the other steps, unless the transformation
+    keeps another in its place.
+    """
+
+    def __init__(self, world: World, wrap: Wrap, shares_state: bool = True):
+        self.world = world
+        self.tx = wrap(world.optimizer)
+        # The optimizer's state goes where a transformation in its place leaves this mark.
+        mark = object()
+        marked = optax.GradientTransformation(lambda _: mark, world.optimizer.update)
+        tx = wrap(marked) if shares_state else self.tx
+        self.own, self.structure = jax.tree.flatten(tx.init(world.params))
+        self.place = self.own.index(mark) if shares_state else None
+        self.state_bytes = sum(leaf.nbytes for leaf in self.own if leaf is not mark)
+        self.compile_times: list[float] = []
+        self.compile()
+
+    def compile(self) -> None:
+        """With empty caches."""
+        world, tx = self.world, self.tx
+
+        def step(params, state, grads):
+            updates, state = tx.update(grads, state, params)
+            return (updates if world.alone else optax.apply_updates(params, updates)), state
+
+        donated = (1,) if world.alone else (0, 1)
+        state = self.full_state()
+        jax.clear_caches()
+        start = time.perf_counter()
+        lowered = jax.jit(step, donate_argnums=donated).lower(world.params, state, world.grads)
+        self.call = lowered.compile()
+        self.compile_times.append(time.perf_counter() - start)
+
+    def full_state(self) -> Tree:
+        """The clipper's state together with the optimizer's."""
+        leaves = list(self.own)
+        if self.place is not None:
+            leaves[self.place] = self.world.opt_state
+        return jax.tree.unflatten(self.structure, leaves)
+
+    def run(self, steps: int) -> float:
+        """Seconds per step."""
+        world, call = self.world, self.call
+        params, state, grads = world.params, self.full_state(), world.grads
+        start = time.perf_counter()
+        if world.alone:
+            for _ in range(steps):
+                updates, state = call(params, state, grads)
+            jax.block_until_ready((updates, state))
+        else:
+            for _ in range(steps):
+                params, state = call(params, state, grads)
+            jax.block_until_ready((params, state))
+        seconds = (time.perf_counter() - start) / steps
+        self.own = self.structure.flatten_up_to(state)
+        world.params = params
+        if self.place is not None:
+            world.opt_state = self.own[self.place]
+        return seconds
+
+
+class HostProgram:
+    """A step that takes the norm to the host."""
+
+    state_bytes = None
+    call = None
+    compile_times = ()
+
+    def __init__(self, world: World, make_step: Callable[[optax.GradientTransformation], Step]):
+        self.world = world
+        self.step = make_step(world.optimizer)
+
+    def run(self, steps: int) -> float:
+        """Seconds per step."""
+        world = self.world
+        start = time.perf_counter()
+        for _ in range(steps):
+            world.params, world.opt_state = self.step(world.params, world.opt_state, world.grads)
+        jax.block_until_ready((world.params, world.opt_state))
+        return (time.perf_counter() - start) / steps
+
+
+class Times(NamedTuple):
+    """Of two programs, pair by pair."""
+
+    own: np.ndarray
+    reference: np.ndarray
+
+    def ratio(self) -> np.ndarray:
+        """Median, first and third quartile."""
+        return np.percentile(self.own / self.reference, [50, 25, 75])
+
+    def extra(self) -> np.ndarray:
+        """Seconds that it takes longer: median, first and third quartile."""
+        return np.percentile(self.own - self.reference, [50, 25, 75])
+
+
+def run_pairs(own: Any, reference: Any, repeats: int) -> Times:
+    """Some steps of one, some of the other, and so on."""
+    first = [min(program.run(1) for _ in range(2)) for program in (own, reference)]
+    steps = max(1, min(MAX_BATCH, round(BATCH / max(first))))
+    pairs = []
+    for number in range(repeats):
+        order = (own, reference) if number % 2 else (reference, own)
+        seconds = {program: program.run(steps) for program in order}
+        pairs.append((seconds[own], seconds[reference]))
+    return Times(*np.array(pairs).T)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, in memory that is already there."""
+    step = jax.jit(lambda array: array + 1.0, donate_argnums=0)
+    array = jnp.zeros(COPIED_BYTES // 4)
+    times = []
+    for _ in range(12):
+        start = time.perf_counter()
+        array = step(array).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * COPIED_BYTES / float(np.median(times[2:]))
