@@ -10,6 +10,7 @@ alike, so that it is called like a function of the gradient:
 Underneath is the transformation that `optax.chain` would be given.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypedDict
 
@@ -77,39 +78,28 @@ OnMetrics = Callable[[MetricsRecord], Any]
 Shapes = dict[KeyPath, tuple[int, ...] | None]
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class StatefulClipper:
     """A gradient transformation together with its state; see its three subclasses.
 
+    The fields are the arguments, which are not to be changed later. `state_dict` saves all of them
+    but `stacked`, which belongs to the model.
+
     Attributes:
         algo: The name of the algorithm in records and saved states.
-        scope: Which leaves share one norm.
-        eps: Norms up to this are never clipped.
-        guard_nans: Whether a gradient with a NaN or Inf norm becomes zeros.
     """
 
     algo: ClassVar[str]
 
-    def __init__(self, *, stacked: Stacked, **arguments: Any) -> None:
-        for name, value in arguments.items():
-            if np.ndim(value) > 0:
-                raise ValueError(f"`{name}` must be a single value, got {value!r}.")
-        arguments = {name: to_python(value) for name, value in arguments.items()}
-        gate = {name: arguments[name] for name in ("warmup_steps", "min_history")}
-        for name, steps in gate.items():
-            checks.check_number(name, steps, 0.0, 2.0**31 - 1, allowed="a number of steps, >= 0")
-        eps = arguments["eps"]
-        checks.check_number("eps", eps, 0.0, float("inf"), allowed="positive", strict_low=True)
-        checks.check_choice("scope", arguments["scope"], SCOPES)
-        self.scope: str = arguments["scope"]
-        check_stacked(stacked, self.scope)
-        # Apart from the others: it belongs to the model, and a saved state has the groups' keys.
-        self._stacked = stacked
-        self.eps = float(eps)
-        self.guard_nans = bool(arguments["guard_nans"])
-        self._arguments = arguments
-        # So many norms, the one to be judged among them, must have been observed.
-        self._needed_norms = max(1, *gate.values())
-        self._init_rule, self._transformation = self._build()
+    scope: str = "global"
+    warmup_steps: Any = 100
+    min_history: Any = 50
+    eps: Any = 1e-8
+    guard_nans: bool = True
+    stacked: Stacked = None
+
+    def __post_init__(self) -> None:
+        self._set_up()
         self._keys: tuple[Key, ...] = ()
         self._refs: ClipState | None = None
         # A state that was loaded waits here to learn on which devices it belongs.
@@ -117,8 +107,32 @@ class StatefulClipper:
         # Of the first gradient, with which the others are compared. Not of what `init` was given,
         # which may be of another kind or, under shard_map, have the shapes of all devices.
         self._shapes: Shapes | None = None
-        # Compiled, or each eager step would build the `cond` within it anew.
+
+    def _set_up(self) -> None:
+        """Checks the arguments and builds the transformation that follows from them."""
+        for name, value in self._arguments.items():
+            if np.ndim(value) > 0:
+                raise ValueError(f"`{name}` must be a single value, got {value!r}.")
+            setattr(self, name, to_python(value))
+        for name in ("warmup_steps", "min_history"):
+            steps = getattr(self, name)
+            checks.check_number(name, steps, 0.0, 2.0**31 - 1, allowed="a number of steps, >= 0")
+        checks.check_number("eps", self.eps, 0.0, float("inf"), allowed="positive", strict_low=True)
+        checks.check_choice("scope", self.scope, SCOPES)
+        check_stacked(self.stacked, self.scope)
+        self.eps = float(self.eps)
+        self.guard_nans = bool(self.guard_nans)
+        # So many norms, the one to be judged among them, must have been observed.
+        self._needed_norms = max(1, self.warmup_steps, self.min_history)
+        self._init_rule, self._transformation = self._build()
+        # Compiled, or each eager step would build the `cond` within it again.
         self._update = jax.jit(self._step, static_argnames="with_record")
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        """The arguments that are saved."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "stacked"]
+        return {name: getattr(self, name) for name in names}
 
     def _build(self) -> tuple[Callable[[int], Any], optax.GradientTransformationExtraArgs]:
         """What the rule starts with, by number of groups, and the transformation."""
@@ -138,7 +152,7 @@ class StatefulClipper:
     def _shared_options(self) -> dict[str, Any]:
         return {
             "scope": self.scope,
-            "stacked": self._stacked,
+            "stacked": self.stacked,
             # The engine counts the norms before the one to be judged.
             "warmup_steps": self._needed_norms - 1,
             "nonfinite": "zero" if self.guard_nans else "propagate",
@@ -231,13 +245,15 @@ class StatefulClipper:
                         f"`state` was saved with {name}={value!r}, but this clipper is in use with "
                         f"{current[name]!r}. Load it into a new one."
                     )
-        other = type(self)(stacked=self._stacked, **saved.arguments)
+        other = type(self)(stacked=self.stacked, **saved.arguments)
         restored = None
         if saved.state is not None:
             groups = len(saved.keys)
             restored = restore(init_state(other._init_rule(groups), groups), saved.state)
         if self._refs is None:
-            self.__init__(stacked=self._stacked, **saved.arguments)  # type: ignore[misc]
+            for name, value in saved.arguments.items():
+                setattr(self, name, value)
+            self._set_up()
             self._keys, self._loaded = saved.keys, restored
         elif restored is not None:
             self._write(restored)
@@ -275,7 +291,7 @@ class StatefulClipper:
 
     def _covered(self, tree: PyTree) -> PyTree:
         """The tree with None for every leaf that is not clipped."""
-        slices = slice_shapes(tree, find_stacks(self._stacked, tree))
+        slices = slice_shapes(tree, find_stacks(self.stacked, tree))
         return jax.tree.map(
             lambda leaf, of_slice: leaf if self._covers(of_slice) else None, unbox(tree), slices
         )
@@ -286,7 +302,7 @@ class StatefulClipper:
         return tuple((*kind, label) for label in labels)
 
     def _groups(self, covered: PyTree) -> Groups:
-        return assign_groups(self.scope, covered, stacked=self._stacked)
+        return assign_groups(self.scope, covered, stacked=self.stacked)
 
     def _state(self) -> ClipState | None:
         if self._refs is None:

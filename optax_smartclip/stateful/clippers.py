@@ -4,6 +4,7 @@ They take smartclip's arguments. Where smartclip computes what it says, so do th
 not, docs/migrating.md has a table of what changes.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +21,6 @@ from optax_smartclip.engine.dtypes import as_float32
 from optax_smartclip.engine.metrics import reported_threshold
 from optax_smartclip.engine.norms import LARGEST, Norms, group_norms
 from optax_smartclip.engine.rule import RuleState, ThresholdRule, clip_by_rule
-from optax_smartclip.engine.stacks import Stacked
 from optax_smartclip.engine.states import ClipState
 from optax_smartclip.engine.trees import PyTree, flatten
 from optax_smartclip.histories.geometric_quantile import geometric_quantile
@@ -33,6 +33,7 @@ from optax_smartclip.stateful.saved import Key
 _MIN_WEIGHT_NORM = 1e-3
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class HistoryClipper(StatefulClipper):
     """What `AutoClip` and `ZScoreClip` share: a threshold that they have learnt."""
 
@@ -94,6 +95,7 @@ class HistoryClipper(StatefulClipper):
         return places[key]
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class AutoClip(HistoryClipper):
     """`autoclip` with a state of its own, and the arguments of smartclip's class.
 
@@ -135,55 +137,29 @@ class AutoClip(HistoryClipper):
 
     algo = "autoclip"
 
-    def __init__(
-        self,
-        *,
-        mode: str = "auto",
-        percentile: Any = 95.0,
-        history: str = "ema",
-        ema_decay: Any = 0.99,
-        window_size: int = 1024,
-        scope: str = "global",
-        warmup_steps: Any = 100,
-        min_history: Any = 50,
-        eps: Any = 1e-8,
-        guard_nans: bool = True,
-        outliers_only: bool = False,
-        stacked: Stacked = None,
-    ) -> None:
-        super().__init__(
-            stacked=stacked,
-            mode=mode,
-            outliers_only=outliers_only,
-            percentile=percentile,
-            history=history,
-            ema_decay=ema_decay,
-            window_size=window_size,
-            scope=scope,
-            warmup_steps=warmup_steps,
-            min_history=min_history,
-            eps=eps,
-            guard_nans=guard_nans,
-        )
+    mode: str = "auto"
+    percentile: Any = 95.0
+    history: str = "ema"
+    ema_decay: Any = 0.99
+    window_size: int = 1024
+    outliers_only: bool = False
 
     def _rule(self) -> tuple[ThresholdRule, Callable[[RuleState], Norms]]:
-        arguments, percentile = self._arguments, self._arguments["percentile"]
-        checks.check_choice("mode", arguments["mode"], ("auto", "percentile"))
-        checks.check_flag("outliers_only", arguments["outliers_only"])
-        checks.check_number("percentile", percentile, 0.0, 100.0, allowed="in [0, 100]")
-        checks.check_choice("history", arguments["history"], ("ema", "window"))
-        check_decay(arguments["ema_decay"])
-        checks.check_size("window_size", arguments["window_size"], MAX_SIZE)
-        if arguments["mode"] == "auto":
-            fence_rule = upper_fence_rule if arguments["outliers_only"] else lower_fence_rule
+        checks.check_choice("mode", self.mode, ("auto", "percentile"))
+        checks.check_flag("outliers_only", self.outliers_only)
+        checks.check_number("percentile", self.percentile, 0.0, 100.0, allowed="in [0, 100]")
+        checks.check_choice("history", self.history, ("ema", "window"))
+        check_decay(self.ema_decay)
+        checks.check_size("window_size", self.window_size, MAX_SIZE)
+        if self.mode == "auto":
+            fence_rule = upper_fence_rule if self.outliers_only else lower_fence_rule
             return rule_of_past_norms(fence_rule())
+        window = self.history == "window"
         history = (
-            ring_buffer(arguments["window_size"])
-            if arguments["history"] == "window"
-            else geometric_quantile(1 - arguments["ema_decay"])
+            ring_buffer(self.window_size) if window else geometric_quantile(1 - self.ema_decay)
         )
-        rule = percentile_rule(history, percentile)
-        return rule, lambda state: history.percentile(state, percentile)
+        rule = percentile_rule(history, self.percentile)
+        return rule, lambda state: history.percentile(state, self.percentile)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `StatefulClipper`; one that was written by version 0.1.0 is understood, too."""
@@ -195,6 +171,7 @@ class AutoClip(HistoryClipper):
         super().load_state_dict(state)
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class ZScoreClip(HistoryClipper):
     """`zscore_clip` with a state of its own, and the arguments of smartclip's class.
 
@@ -223,36 +200,18 @@ class ZScoreClip(HistoryClipper):
 
     algo = "zscore"
 
-    def __init__(
-        self,
-        *,
-        zmax: Any = 3.0,
-        ema_decay: Any = 0.99,
-        scope: str = "global",
-        warmup_steps: Any = 100,
-        min_history: Any = 50,
-        eps: Any = 1e-8,
-        guard_nans: bool = True,
-        stacked: Stacked = None,
-    ) -> None:
-        super().__init__(
-            stacked=stacked,
-            zmax=zmax,
-            ema_decay=ema_decay,
-            scope=scope,
-            warmup_steps=warmup_steps,
-            min_history=min_history,
-            eps=eps,
-            guard_nans=guard_nans,
-        )
+    zmax: Any = 3.0
+    ema_decay: Any = 0.99
 
     def _rule(self) -> tuple[ThresholdRule, Callable[[RuleState], Norms]]:
-        zmax, ema_decay = self._arguments["zmax"], self._arguments["ema_decay"]
-        checks.check_number("zmax", zmax, 0.0, float("inf"), allowed="positive", strict_low=True)
-        check_decay(ema_decay)
-        return rule_of_past_norms(zscore_rule(zmax, ema_decay))
+        checks.check_number(
+            "zmax", self.zmax, 0.0, float("inf"), allowed="positive", strict_low=True
+        )
+        check_decay(self.ema_decay)
+        return rule_of_past_norms(zscore_rule(self.zmax, self.ema_decay))
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class AGC(StatefulClipper):
     """`agc` by whole parameters, called like smartclip's class and with its arguments.
 
@@ -283,41 +242,24 @@ class AGC(StatefulClipper):
 
     algo = "agc"
 
-    def __init__(
-        self,
-        *,
-        clipping: Any = 0.01,
-        exclude_bias_bn: bool = True,
-        scope: str = "per_layer",
-        eps: Any = 1e-8,
-        warmup_steps: Any = 0,
-        min_history: Any = 0,
-        guard_nans: bool = True,
-        stacked: Stacked = None,
-    ) -> None:
-        super().__init__(
-            stacked=stacked,
-            clipping=clipping,
-            exclude_bias_bn=bool(exclude_bias_bn),
-            scope=scope,
-            eps=eps,
-            warmup_steps=warmup_steps,
-            min_history=min_history,
-            guard_nans=guard_nans,
-        )
+    clipping: Any = 0.01
+    exclude_bias_bn: bool = True
+    scope: str = "per_layer"
+    warmup_steps: Any = 0
+    min_history: Any = 0
 
     def _build(self) -> tuple[Callable[[int], Any], optax.GradientTransformationExtraArgs]:
-        clipping = self._arguments["clipping"]
         checks.check_number(
-            "clipping", clipping, 0.0, float("inf"), allowed="positive", strict_low=True
+            "clipping", self.clipping, 0.0, float("inf"), allowed="positive", strict_low=True
         )
+        self.exclude_bias_bn = bool(self.exclude_bias_bn)
         # Here `eps` is the least threshold, and there it is the least weight norm.
-        self._min_weight_norm = max(_MIN_WEIGHT_NORM, self.eps / clipping)
+        self._min_weight_norm = max(_MIN_WEIGHT_NORM, self.eps / self.clipping)
         options = {"eps": self._min_weight_norm, **self._shared_options}
-        return lambda groups: optax.EmptyState(), agc(clipping, **options)
+        return lambda groups: optax.EmptyState(), agc(self.clipping, **options)
 
     def _covers(self, leaf: Any) -> bool:
-        vector = self._arguments["exclude_bias_bn"] and len(jnp.shape(leaf)) <= 1
+        vector = self.exclude_bias_bn and len(jnp.shape(leaf)) <= 1
         return super()._covers(leaf) and not vector
 
     def _limits(
@@ -328,7 +270,7 @@ class AGC(StatefulClipper):
         partition = self._groups(params).partition(weights)
         weight_norms = group_norms([jnp.asarray(leaf) for leaf in weights.values()], partition)
         least = as_float32(self._min_weight_norm)
-        target = as_float32(self._arguments["clipping"]) * jnp.maximum(weight_norms, least)
+        target = as_float32(self.clipping) * jnp.maximum(weight_norms, least)
         return {"weight_norm": weight_norms, "target": target}
 
 
