@@ -1,6 +1,6 @@
 """Temporary memory and time of gradients: plain, with checkpoints by hand, and height-compressed.
 
-    python benchmarks/memory.py [--models mlp transformer resnet rnn] [--repeats 7] [--out memory]
+    python benchmarks/memory.py [--models mlp transformer scan ...] [--repeats 7] [--out memory]
 
 Prints a table for each model, then the targets with what was measured; writes all figures to
 `memory.json`. `by hand` has `jax.checkpoint` around each layer, as one would write it.
@@ -54,14 +54,13 @@ def mlp(wrap, batch=1024, width=128, layers=64):
     return loss, [normal(i, width, width) for i in range(layers)], normal(99, batch, width)
 
 
-def transformer(wrap, batch=4, length=128, width=128, heads=4, layers=12):
-    """A decoder without embeddings."""
+def decoder(batch, length, width, heads):
+    """A layer of a decoder and the norm before it; parameters of a layer from a seed."""
 
     def norm(x):
         x = x - jnp.mean(x, -1, keepdims=True)
         return x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
 
-    @wrap
     def layer(p, x):
         qkv = (norm(x) @ p["qkv"]).reshape(batch, length, 3, heads, width // heads)
         q, k, v = (qkv[:, :, i] for i in range(3))
@@ -71,14 +70,38 @@ def transformer(wrap, batch=4, length=128, width=128, heads=4, layers=12):
         x = x + jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape) @ p["out"]
         return x + jax.nn.gelu(norm(x) @ p["up"]) @ p["down"]
 
+    shapes = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width)}
+    shapes["down"] = (4 * width, width)
+
+    def init(seed):
+        return {k: normal(seed, *s) for k, s in shapes.items()}
+
+    return layer, norm, init
+
+
+def transformer(wrap, batch=4, length=128, width=128, heads=4, layers=12):
+    """A decoder without embeddings."""
+    layer, norm, init = decoder(batch, length, width, heads)
+    layer = wrap(layer)
+
     def loss(params, x):
         for p in params:
             x = layer(p, x)
         return jnp.mean(norm(x) ** 4)
 
-    shapes = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width)}
-    shapes["down"] = (4 * width, width)
-    params = [{k: normal(i, *s) for k, s in shapes.items()} for i in range(layers)]
+    return loss, [init(i) for i in range(layers)], normal(99, batch, length, width)
+
+
+def scanned_transformer(wrap, batch=4, length=128, width=128, heads=4, layers=24):
+    """A decoder that scans over its layers, which are stacked."""
+    layer, norm, init = decoder(batch, length, width, heads)
+    layer = wrap(layer)
+
+    def loss(params, x):
+        x, _ = jax.lax.scan(lambda x, p: (layer(p, x), None), x, params)
+        return jnp.mean(norm(x) ** 4)
+
+    params = jax.vmap(init)(jnp.arange(layers))
     return loss, params, normal(99, batch, length, width)
 
 
@@ -126,11 +149,20 @@ def rnn(wrap, batch=64, width=128, steps=100):
     return loss, params, normal(99, steps, batch, width)
 
 
-MODELS = {"mlp": mlp, "transformer": transformer, "resnet": resnet, "rnn": rnn}
+MODELS = {
+    "mlp": mlp,
+    "transformer": transformer,
+    "scan": scanned_transformer,
+    "resnet": resnet,
+    "rnn": rnn,
+}
 LARGE = {
     "large-mlp": functools.partial(mlp, batch=8192, width=512, layers=24),
     "large-transformer": functools.partial(
         transformer, batch=8, length=512, width=512, heads=8, layers=6
+    ),
+    "large-scan": functools.partial(
+        scanned_transformer, batch=8, length=512, width=512, heads=8, layers=24
     ),
 }
 
@@ -219,7 +251,7 @@ def check_targets(figures):
             targets.append(("predicted / temp, or its inverse", 2.0, max(factor, 1 / factor)))
         if "error" in ours:
             targets.append(("error", 1e-5, ours["error"]))
-            if model in ("mlp", "transformer"):
+            if model in ("mlp", "transformer", "scan"):
                 targets.append(("temp / plain", 0.5, ours["temp"] / plain["temp"]))
                 targets.append(("time / plain", 1.4, ours["ratio"]))
         for name, limit, value in targets:

@@ -114,20 +114,19 @@ def summarize_frontier(graph: Graph) -> FrontierReport:
     at_once = [{*graph.outputs} - outer]
     for node in graph.nodes:
         at_once += [{*node.inputs} - outer, {*node.outputs} & read]
-    results = sum(graph.size(v) for v in set(graph.outputs))
     peak = int(np.argmax(live)) if len(live) else -1
     return FrontierReport(
-        live,
-        int(live.max(initial=0)),
-        peak,
-        graph.nodes[peak].primitive if len(live) else "",
-        sum(node.bytes for node in graph.nodes),
-        sum(graph.size(v) for v in graph.inputs),
-        sum(graph.size(v) for v in graph.consts),
-        results,
-        max(sum(graph.size(v) for v in values) for values in at_once),
-        float(sum(node.flops for node in graph.nodes)),
-        len(graph.nodes),
+        live_bytes=live,
+        peak_bytes=int(live.max(initial=0)),
+        peak_node=peak,
+        peak_primitive=graph.nodes[peak].primitive if len(live) else "",
+        total_bytes=sum(node.bytes for node in graph.nodes),
+        argument_bytes=sum(graph.size(v) for v in graph.inputs),
+        const_bytes=sum(graph.size(v) for v in graph.consts),
+        result_bytes=sum(graph.size(v) for v in set(graph.outputs)),
+        lower_bound=max(sum(graph.size(v) for v in values) for values in at_once),
+        total_flops=float(sum(node.flops for node in graph.nodes)),
+        num_nodes=len(graph.nodes),
     )
 
 

@@ -5,7 +5,7 @@ diagonal mean nothing. A stretch is what lies between two neighbouring cuts.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
@@ -28,7 +28,8 @@ class Costs:
         at_once: What it needs at most while it runs, forward or backward, its residuals included
             and what was saved before it left out.
         flops: The work to run it forward.
-        pinned: For each cut, whether the node after it has an effect and must not run twice.
+        pinned: For each cut, whether the node after it is a block of its own, which does not run
+            twice as a whole: one with an effect, or a scan with a plan of its own.
     """
 
     cuts: Int64[np.ndarray, " cuts"]
@@ -45,6 +46,7 @@ def find_costs(
     active: frozenset[int],
     wanted: frozenset[int],
     cuts: Sequence[int],
+    pinned: Collection[int] = (),
 ) -> Costs:
     """Returns the costs of all blocks.
 
@@ -54,6 +56,7 @@ def find_costs(
         active: The values that have cotangents.
         wanted: The arguments whose gradients are asked for.
         cuts: Where blocks may begin and end: increasing, from 0 to the number of nodes.
+        pinned: The indices of the nodes that are blocks of their own.
 
     Returns:
         The costs.
@@ -63,13 +66,14 @@ def find_costs(
     kept = _residual_bytes(graph, residuals, stretches)
     backward = kept + _cotangent_bytes(graph, active, places)
     backward += _accumulator_bytes(graph, active & wanted, stretches)
+    backward += _sums([needs.scratch for needs in residuals], stretches)
     return Costs(
-        places,
-        _saved_bytes(graph, stretches),
-        kept,
-        np.maximum(backward, _forward_bytes(graph, places)),
-        _sums([node.flops for node in graph.nodes], stretches),
-        np.array([*(graph.nodes[i].effects for i in places[:-1]), False]),
+        cuts=places,
+        saved=_saved_bytes(graph, stretches),
+        residuals=kept,
+        at_once=np.maximum(backward, _forward_bytes(graph, places)),
+        flops=_sums([node.flops for node in graph.nodes], stretches),
+        pinned=np.isin(places, list(pinned)),
     )
 
 

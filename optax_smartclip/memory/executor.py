@@ -1,7 +1,7 @@
 """Runs a program and its gradient block by block, as planned."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ from optax_smartclip.memory.equations import contains, is_inexact
 from optax_smartclip.memory.frontier import last_uses
 from optax_smartclip.memory.gates import run_after
 from optax_smartclip.memory.graph import Graph
-from optax_smartclip.memory.planner import Block, CheckpointPlan
+from optax_smartclip.memory.planner import Block, CheckpointPlan, ScanPlan
 
 Values = dict[int, Any]
 
@@ -42,30 +42,55 @@ class HeightCompressedExecutor:
         Returns:
             The flat results, and the gradients of the first.
         """
-        graph, active = self.graph, self.checkpoint_plan.active
+        results, pullback = self.vjp(consts, inputs)
+        differentiated = self.graph.outputs[0]
+        cotangents: Values = {}
+        if differentiated in self.checkpoint_plan.active:
+            cotangents[differentiated] = jnp.ones_like(results[0])
+        grads = pullback(cotangents)
+        places = [self.graph.inputs[index] for index in wanted]
+        wanted_grads = [
+            grads[place] if place in grads else jnp.zeros_like(inputs[index])
+            for place, index in zip(places, wanted, strict=True)
+        ]
+        return results, wanted_grads
+
+    def vjp(
+        self, consts: Values, inputs: Sequence[Any]
+    ) -> tuple[list[Any], Callable[[Values], Values]]:
+        """Runs the program.
+
+        Args:
+            consts: The closed-over values by number.
+            inputs: The flat arguments.
+
+        Returns:
+            The flat results; the backward pass, a function from cotangents of results to those of
+            arguments, all by number.
+        """
+        graph, plan = self.graph, self.checkpoint_plan
         env: Values = {**consts, **dict(zip(graph.inputs, inputs, strict=True))}
         last = last_uses(graph)
         runs: list[_Run] = []
         before: Values = {}
-        for block in self.checkpoint_plan.blocks:
-            part = _Part(graph, block, active, last)
+        for block in plan.blocks:
+            part = _Part(graph, block, plan, last)
             run = _forward(part, {v: env[v] for v in part.reads}, before)
             runs.append(run)
             env.update(run.writes)
             before = {v: env[v] for v in part.writes if is_inexact(graph.avals[v])} or before
         results = [env[v] for v in graph.outputs]
-        cotangents: Values = {}
-        if graph.outputs[0] in active:
-            cotangents[graph.outputs[0]] = jnp.ones_like(results[0])
-        grads: list[Any] = []
-        for run in reversed(runs):
-            grads = _backward(run, cotangents, [results[0], *grads])
-        places = [graph.inputs[index] for index in wanted]
-        wanted_grads = [
-            cotangents[place] if place in cotangents else jnp.zeros_like(inputs[index])
-            for place, index in zip(places, wanted, strict=True)
-        ]
-        return results, wanted_grads
+        # What the backward pass waits for.
+        known = [env[v] for v in graph.outputs if v in plan.active][:1]
+
+        def pullback(cotangents: Values) -> Values:
+            cotangents = dict(cotangents)
+            grads: list[Any] = []
+            for run in reversed(runs):
+                grads = _backward(run, cotangents, [*known, *grads])
+            return {v: cotangents[v] for v in graph.inputs if v in cotangents}
+
+        return results, pullback
 
 
 class _Part:
@@ -73,9 +98,11 @@ class _Part:
     # kept, so that whatever is run again has none.
 
     def __init__(
-        self, graph: Graph, block: Block, active: frozenset[int], last: dict[int, int]
+        self, graph: Graph, block: Block, plan: CheckpointPlan, last: dict[int, int]
     ) -> None:
+        active = plan.active
         self.nodes = graph.nodes[block.start : block.stop]
+        self.scan = plan.scans.get(block.start)
         self.kept = block.kept
         inner = {v for node in self.nodes for v in node.outputs}
         self.reads = sorted({v for node in self.nodes for v in node.inputs} - inner)
@@ -92,6 +119,9 @@ class _Part:
         return {v: env[v] for v in (self.writes if only is None else only)}
 
     def vjp(self, reads: Values, only: Sequence[int] | None = None) -> tuple[Any, Values]:
+        if self.scan is not None:
+            return self.scan_vjp(self.scan, reads)
+
         def run(*moving: Any) -> tuple[list[Any], Values]:
             writes = self.run({**reads, **dict(zip(self.active_reads, moving, strict=True))}, only)
             return [writes[v] for v in only or self.active_writes], writes
@@ -99,6 +129,25 @@ class _Part:
         moving = [reads[v] for v in self.active_reads]
         _, pullback, writes = jax.vjp(run, *moving, has_aux=True)
         return pullback, writes
+
+    def scan_vjp(self, plan: ScanPlan, reads: Values) -> tuple[Any, Values]:
+        (node,) = self.nodes
+        body = HeightCompressedExecutor(plan.scan.body, plan.body)
+        outputs, scan_pullback = plan.scan.vjp(
+            body.vjp, plan.block_length, [reads[v] for v in node.inputs]
+        )
+
+        def pullback(cotangents: Sequence[Any]) -> list[Any]:
+            given = dict(zip(self.active_writes, cotangents, strict=True))
+            grads = scan_pullback([given.get(v) for v in node.outputs])
+            places = [node.inputs.index(v) for v in self.active_reads]
+            return [
+                grads[place] if place in grads else jnp.zeros_like(reads[v])
+                for place, v in zip(places, self.active_reads, strict=True)
+            ]
+
+        env = dict(zip(node.outputs, outputs, strict=True))
+        return pullback, {v: env[v] for v in self.writes}
 
     def could_run_before(self, written: Sequence[int]) -> bool:
         # Whether there is work that does not wait for these values.

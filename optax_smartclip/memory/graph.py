@@ -108,6 +108,11 @@ def capture_graph_jaxpr(fn: Callable[..., Any], example_inputs: Sequence[Any]) -
     return _Builder().build(closed, out_tree[-1])
 
 
+def capture_body(closed: Any) -> Graph:
+    """Returns the program in the body of an equation, with its constants, as a graph."""
+    return _Builder().build(closed, None)
+
+
 class _Builder:
     def __init__(self) -> None:
         self.avals: list[Any] = []

@@ -21,7 +21,7 @@ logarithm of n, are not planned: each node is recomputed once at most.
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -30,13 +30,15 @@ from jaxtyping import Int64
 from optax_smartclip.memory.costs import Costs, find_costs
 from optax_smartclip.memory.frontier import live_bytes
 from optax_smartclip.memory.graph import Graph
-from optax_smartclip.memory.residuals import active_values, find_residuals
+from optax_smartclip.memory.residuals import Residuals, active_values, find_residuals
+from optax_smartclip.memory.scans import Scan, open_scan
 
 # Time and memory of planning grow with the square of the cuts.
 _MAX_CUTS = 400
 # The least peak may be exceeded by this factor where that saves recomputation.
 _SLACK = 1.05
 _NUM_BISECTIONS, _NUM_BOUNDS = 24, 12
+_NO_LIMIT = 2**62
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +59,56 @@ class CheckpointPlan:
         active: The numbers of the values through which the gradient flows.
         meta: What was planned, as Python numbers: `block_size`, in nodes, as asked for or else of
             the largest block; `num_blocks`; `num_recomputed`, the blocks that are recomputed;
-            `peak_frontier`, the most bytes that live between two nodes of the forward pass;
+            `num_scans`, the scans with checkpoints inside; `peak_frontier`, the most bytes that
+            live between two nodes of the forward pass;
             `predicted_peak` and `predicted_plain_peak`, the bytes of temporary memory of the
             gradient as planned and without recomputation; `saved_bytes`, what is saved at the ends
             of blocks; `recomputed_flops` and `forward_flops`; `memory_budget`, in bytes or None;
             and `within_budget`, whether the predicted peak is.
+        scans: The plans of those nodes that are scans with checkpoints inside, by index.
     """
 
     blocks: tuple[Block, ...]
     active: frozenset[int] = dataclasses.field(repr=False)
     meta: dict[str, Any]
+    scans: Mapping[int, "ScanPlan"] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanPlan:
+    """A `scan` cut into blocks of iterations.
+
+    Attributes:
+        scan: What is known of it.
+        block_length: The number of iterations in a block. The carry is saved before each block.
+        body: The plan of one iteration.
+    """
+
+    scan: Scan = dataclasses.field(repr=False)
+    block_length: int
+    body: CheckpointPlan
+
+    @property
+    def length(self) -> int:
+        """The number of iterations."""
+        return self.scan.length
+
+    @property
+    def scratch_bytes(self) -> int:
+        """The bytes that the backward pass of one block needs."""
+        within = self.scan.block_bytes(self.block_length)
+        return within + int(self.body.meta["predicted_peak"])
+
+    @property
+    def saved_bytes(self) -> int:
+        """The bytes of the carries that are saved."""
+        return self.scan.carry_bytes * (self.length // self.block_length)
+
+    @property
+    def recomputed_flops(self) -> float:
+        """The work that is repeated: the body once, or twice if blocks have several iterations."""
+        forward, again = (self.body.meta[k] for k in ("forward_flops", "recomputed_flops"))
+        return self.length * float((1 + (self.block_length > 1)) * forward + again)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +155,63 @@ def make_plan(
         The plan.
     """
     active = active_values(graph, wanted, differentiated)
+    plans = [_plan(graph, wanted, active, {}, block_size, memory_budget)]
+    scans = {
+        index: scan
+        for index, node in enumerate(graph.nodes)
+        if not active.isdisjoint(node.outputs) and (scan := open_scan(node, active))
+    }
+    # Without a budget, the last of these needs the least memory.
+    for plan_scan in _SCAN_POLICIES if memory_budget is not None else _SCAN_POLICIES[-1:]:
+        if scans and not (memory_budget is not None and plans[-1].meta["within_budget"]):
+            planned = {index: plan_scan(scan) for index, scan in scans.items()}
+            plans.append(_plan(graph, wanted, active, planned, block_size, memory_budget))
+            plans[-1].meta["predicted_plain_peak"] = plans[0].meta["predicted_plain_peak"]
+    if memory_budget is not None and plans[-1].meta["within_budget"]:
+        return plans[-1]
+    return min(plans, key=lambda plan: plan.meta["predicted_peak"])
+
+
+def _checkpoint_iterations(scan: Scan) -> ScanPlan:
+    # What jax.checkpoint around the body does: a budget that nothing exceeds keeps all of it.
+    return ScanPlan(scan, 1, _plan_body(scan, _NO_LIMIT))
+
+
+def _checkpoint_within_iterations(scan: Scan) -> ScanPlan:
+    return ScanPlan(scan, 1, _plan_body(scan))
+
+
+def _checkpoint_blocks_of_iterations(scan: Scan) -> ScanPlan:
+    return ScanPlan(scan, scan.choose_block(), _plan_body(scan))
+
+
+# From the least recomputation to the least memory.
+_SCAN_POLICIES = (
+    _checkpoint_iterations,
+    _checkpoint_within_iterations,
+    _checkpoint_blocks_of_iterations,
+)
+
+
+def _plan_body(scan: Scan, memory_budget: int | None = None) -> CheckpointPlan:
+    return make_plan(scan.body, scan.wanted, scan.differentiated, memory_budget=memory_budget)
+
+
+def _plan(
+    graph: Graph,
+    wanted: frozenset[int],
+    active: frozenset[int],
+    scans: Mapping[int, ScanPlan],
+    block_size: int | None,
+    memory_budget: int | None,
+) -> CheckpointPlan:
     residuals = find_residuals(graph, active)
-    cuts = _choose_cuts(graph, block_size)
-    costs = find_costs(graph, residuals, active, wanted, cuts)
+    for index, scan in scans.items():
+        inputs = frozenset(graph.nodes[index].inputs)
+        residuals[index] = Residuals(inputs, scan.saved_bytes, scan.scratch_bytes)
+    pinned = {i for i, node in enumerate(graph.nodes) if node.effects or i in scans}
+    cuts = _choose_cuts(graph, pinned, block_size)
+    costs = find_costs(graph, residuals, active, wanted, cuts, pinned)
     whole = _Path([0, len(cuts) - 1], frozenset({0}))
     if block_size is None:
         path = _optimise(costs, memory_budget)
@@ -128,25 +224,26 @@ def make_plan(
         Block(int(costs.cuts[first]), int(costs.cuts[stop]), index in path.kept)
         for index, (first, stop) in enumerate(path.blocks)
     )
+    redone = path.recomputed(costs) + sum(scan.recomputed_flops for scan in scans.values())
     meta = {
         "block_size": block_size or max((b.stop - b.start for b in blocks), default=0),
         "num_blocks": len(blocks),
         "num_recomputed": len(blocks) - len(path.kept),
+        "num_scans": len(scans),
         "peak_frontier": int(live_bytes(graph).max()),
         "predicted_peak": int(peak),
         "predicted_plain_peak": int(whole.peak(costs)),
         "saved_bytes": int(sum(costs.saved[block] for block in path.blocks)),
-        "recomputed_flops": path.recomputed(costs),
+        "recomputed_flops": redone,
         "forward_flops": float(sum(node.flops for node in graph.nodes)),
         "memory_budget": memory_budget,
         "within_budget": memory_budget is None or peak <= memory_budget,
     }
-    return CheckpointPlan(blocks, active, meta)
+    return CheckpointPlan(blocks, active, meta, scans)
 
 
-def _choose_cuts(graph: Graph, block_size: int | None) -> list[int]:
+def _choose_cuts(graph: Graph, pinned: Set[int], block_size: int | None) -> list[int]:
     num = len(graph.nodes)
-    pinned = {i for i, node in enumerate(graph.nodes) if node.effects}
     cuts = {0, num} | pinned | {i + 1 for i in pinned}
     if block_size is not None:
         return sorted(cuts | set(range(0, num, block_size)))

@@ -21,10 +21,12 @@ class Residuals:
     Attributes:
         values: The numbers of those inputs and outputs that it reads.
         extra: The bytes of what is computed for it only.
+        scratch: The bytes that it needs while it runs, and no longer.
     """
 
     values: frozenset[int]
     extra: int
+    scratch: int = 0
 
 
 def active_values(graph: Graph, wanted: frozenset[int], outputs: frozenset[int]) -> frozenset[int]:
@@ -105,8 +107,7 @@ def _trace(graph: Graph, node: Node, moved: tuple[bool, ...]) -> tuple[list[int]
         return outputs, jax.tree.leaves(pullback)
 
     avals = [graph.avals[v] for v in node.inputs]
-    structs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
-    jaxpr = jax.make_jaxpr(primal_and_residuals)(*structs).jaxpr
+    jaxpr = jax.make_jaxpr(primal_and_residuals)(*avals).jaxpr
     outputs = list(jaxpr.outvars[: len(node.outputs)])
     reads, writes, extra = set(), set(), {}
     for atom in jaxpr.outvars[len(node.outputs) :]:
