@@ -22,7 +22,7 @@ from optax_smartclip.engine.dtypes import as_float32
 from optax_smartclip.engine.groups import LeafMask, Scope
 from optax_smartclip.engine.meshes import AxisName
 from optax_smartclip.engine.norms import LARGEST, Norms, safe_sqrt
-from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
+from optax_smartclip.engine.rule import NormOf, ThresholdRule, clip_by_rule
 from optax_smartclip.engine.scaling import has_reached
 from optax_smartclip.engine.stacks import Stacked
 from optax_smartclip.engine.states import state
@@ -51,6 +51,7 @@ def adagc(
     scope: Scope = "per_param",
     stacked: Stacked = None,
     mask: LeafMask = None,
+    norm_of: NormOf = None,
     warmup_steps: Any = 100,
     max_norm: Any = None,
     nonfinite: str = "zero",
@@ -82,6 +83,7 @@ def adagc(
         scope: Which leaves share one norm; see `clip_by_rule`.
         stacked: Axes that count layers, each with a norm of its own; see `clip_by_rule`.
         mask: Which leaves take part; see `clip_by_rule`.
+        norm_of: What the norms are of, if not of the gradient; see `clip_by_rule`.
         warmup_steps: How many norms of a group are recorded before its threshold counts.
         max_norm: A ceiling on each group that always holds; see `clip_by_rule`.
         nonfinite: `"zero"` or `"propagate"`, for NaN and Inf norms; see `clip_by_rule`.
@@ -114,6 +116,7 @@ def adagc(
         scope=scope,
         stacked=stacked,
         mask=mask,
+        norm_of=norm_of,
         max_norm=max_norm,
         nonfinite=nonfinite,
         axis_name=axis_name,

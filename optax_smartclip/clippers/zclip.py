@@ -26,7 +26,7 @@ from optax_smartclip.engine.dtypes import as_float32
 from optax_smartclip.engine.groups import LeafMask, Scope
 from optax_smartclip.engine.meshes import AxisName
 from optax_smartclip.engine.norms import LARGEST, Norms
-from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
+from optax_smartclip.engine.rule import NormOf, ThresholdRule, clip_by_rule
 from optax_smartclip.engine.scaling import has_reached, ratio
 from optax_smartclip.engine.stacks import Stacked
 from optax_smartclip.histories.moments import (
@@ -51,6 +51,7 @@ def zclip(
     scope: Scope = "global",
     stacked: Stacked = None,
     mask: LeafMask = None,
+    norm_of: NormOf = None,
     warmup_steps: Any = 25,
     max_norm: Any = 1.0,
     nonfinite: str = "zero",
@@ -82,6 +83,7 @@ def zclip(
         scope: Which leaves share one norm; see `clip_by_rule`.
         stacked: Axes that count layers, each with a norm of its own; see `clip_by_rule`.
         mask: Which leaves take part; see `clip_by_rule`.
+        norm_of: What the norms are of, if not of the gradient; see `clip_by_rule`.
         warmup_steps: How many norms are averaged before the rule clips.
         max_norm: A ceiling that always holds, in warm-up too; see `clip_by_rule`.
         nonfinite: `"zero"` or `"propagate"`, for NaN and Inf norms; see `clip_by_rule`.
@@ -115,6 +117,7 @@ def zclip(
         scope=scope,
         stacked=stacked,
         mask=mask,
+        norm_of=norm_of,
         warmup_steps=warmup_steps,
         max_norm=max_norm,
         nonfinite=nonfinite,

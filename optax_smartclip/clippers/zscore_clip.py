@@ -14,7 +14,7 @@ from optax_smartclip.engine import checks
 from optax_smartclip.engine.groups import LeafMask, Scope
 from optax_smartclip.engine.meshes import AxisName
 from optax_smartclip.engine.norms import LARGEST, Norms
-from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
+from optax_smartclip.engine.rule import NormOf, ThresholdRule, clip_by_rule
 from optax_smartclip.engine.stacks import Stacked
 from optax_smartclip.engine.states import select_groups
 from optax_smartclip.histories.moments import (
@@ -41,6 +41,7 @@ def zscore_clip(
     scope: Scope = "global",
     stacked: Stacked = None,
     mask: LeafMask = None,
+    norm_of: NormOf = None,
     warmup_steps: Any = 1,
     max_norm: Any = None,
     nonfinite: str = "zero",
@@ -64,6 +65,7 @@ def zscore_clip(
         scope: Which leaves share one norm; see `clip_by_rule`.
         stacked: Axes that count layers, each with a norm of its own; see `clip_by_rule`.
         mask: Which leaves take part; see `clip_by_rule`.
+        norm_of: What the norms are of, if not of the gradient; see `clip_by_rule`.
         warmup_steps: How many finite norms are observed before clipping starts.
         max_norm: A ceiling that always holds, in warm-up too; see `clip_by_rule`.
         nonfinite: `"zero"` or `"propagate"`, for NaN and Inf norms; see `clip_by_rule`.
@@ -93,6 +95,7 @@ def zscore_clip(
         scope=scope,
         stacked=stacked,
         mask=mask,
+        norm_of=norm_of,
         warmup_steps=warmup_steps,
         max_norm=max_norm,
         nonfinite=nonfinite,

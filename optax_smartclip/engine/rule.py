@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, Float
 
 from optax_smartclip.engine import checks
+from optax_smartclip.engine.dtypes import is_inexact
 from optax_smartclip.engine.groups import Groups, LeafMask, Scope, assign_groups, check_scope
 from optax_smartclip.engine.meshes import AxisName, vary_as, vary_as_before
 from optax_smartclip.engine.metrics import increment_where, next_metrics
@@ -28,9 +29,20 @@ from optax_smartclip.engine.states import (
     leaf_names,
     select_groups,
 )
-from optax_smartclip.engine.trees import PyTree, clippable_leaves, replace_leaves
+from optax_smartclip.engine.trees import (
+    KeyPath,
+    PyTree,
+    clippable_leaves,
+    flatten,
+    path_name,
+    replace_leaves,
+)
 
 RuleState = Any
+
+# What norms are taken of, from the gradient and the parameters; None for the gradient itself. Any,
+# because what is wrong is refused with a message.
+NormOf = Callable[[PyTree, PyTree], PyTree] | Any
 
 
 class ThresholdRule(NamedTuple):
@@ -59,6 +71,7 @@ def clip_by_rule(
     scope: Scope = "global",
     stacked: Stacked = None,
     mask: LeafMask = None,
+    norm_of: NormOf = None,
     warmup_steps: Any = 0,
     max_norm: Any = None,
     nonfinite: str = "zero",
@@ -92,6 +105,11 @@ def clip_by_rule(
             stacked leaf) that returns one. Where it is False, a leaf is passed on as it is, and
             is in no norm; its group stays, and is empty if all of its leaves are left out. See
             `optax_smartclip.masks`.
+        norm_of: None, or a function of the gradient and the parameters that returns the tree whose
+            norms are taken in place of the gradient's: one with its structure and shapes, such as
+            each leaf times the RMS of its parameter. What is scaled is the gradient; thresholds,
+            `max_norm` and the metrics are of the other norm. `update` then needs `params`. Under
+            `shard_map`, the function is given what is on one device.
         warmup_steps: How many positive, finite norms a group has observed before the rule may clip
             it. They are recorded. A number >= 0.
         max_norm: A ceiling on the norm of every group that always holds, in warm-up too: a
@@ -106,14 +124,15 @@ def clip_by_rule(
 
     Returns:
         A transformation with a `ClipState`. Numbers may be traced, as with
-        `optax.inject_hyperparams`; functions as `scope`, `stacked` or `mask` must then be named in
-        `static_args`.
+        `optax.inject_hyperparams`; functions as `scope`, `stacked`, `mask` or `norm_of` must then
+        be named in `static_args`.
 
     Raises:
         ValueError: If an argument is out of range; from `init`, if `stacked` or `mask` does not
             fit the parameters, or the rule's state lacks the `groups` axis; from `update`, if the
-            rule's thresholds lack it, if the gradient has other groups than the parameters had, or
-            if `grad_norm` is given for more than one group or is not a scalar.
+            rule's thresholds lack it, if the gradient has other groups than the parameters had, if
+            `grad_norm` is given for more than one group, beside `norm_of` or is not a scalar, or if
+            `norm_of` returns something else or lacks `params`.
 
     Example:
         A clipper that halves the largest norm it lets through whenever it is exceeded:
@@ -135,6 +154,7 @@ def clip_by_rule(
     """
     check_scope(scope)
     check_stacked(stacked, scope)
+    _check_norm_of(norm_of)
     checks.check_shared(warmup_steps, max_norm, nonfinite)
 
     def groups_of(tree: PyTree) -> Groups:
@@ -173,9 +193,10 @@ def clip_by_rule(
         arrays = list(leaves.values())
         partition = groups.partition(leaves)
         if grad_norm is None:
-            norms = group_norms(arrays, partition, axis_name=axis_name)
+            measured = _measured_arrays(norm_of, updates, params, leaves)
+            norms = group_norms(measured, partition, axis_name=axis_name)
         else:
-            norms = _given_norm(grad_norm, scope)
+            norms = _given_norm(grad_norm, scope, norm_of)
 
         live = has_gradient(norms)
         shown = jnp.where(live, learnable(norms), 0.0)
@@ -202,9 +223,43 @@ def clip_by_rule(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _given_norm(grad_norm: Any, scope: Scope) -> Float[Array, "1"]:
+def _check_norm_of(norm_of: Any) -> None:
+    if norm_of is not None and not callable(norm_of):
+        raise ValueError(
+            "`norm_of` must be a function of the gradient and the parameters, or None, "
+            f"got {norm_of!r}.{checks.static_hint(norm_of)}"
+        )
+
+
+def _measured_arrays(
+    norm_of: NormOf, updates: PyTree, params: PyTree | None, leaves: dict[KeyPath, Array]
+) -> list[Array]:
+    """What norms are taken of: an array for each of the leaves."""
+    if norm_of is None:
+        return list(leaves.values())
+    if params is None:
+        raise ValueError(
+            "`params` must be passed to `update`, because `norm_of` is a function of them."
+        )
+    measured = flatten(norm_of(updates, params))
+    for path, leaf in leaves.items():
+        found: Any = measured.get(path)
+        if not is_inexact(found) or jnp.shape(found) != leaf.shape:
+            kind = "nothing" if found is None else f"{jnp.result_type(found)}{jnp.shape(found)}"
+            raise ValueError(
+                "`norm_of` must return a tree of floats with the structure and shapes of the "
+                f"gradient, whose leaf {path_name(path)!r} has the shape {leaf.shape}, got {kind}."
+            )
+    return [jnp.asarray(measured[path]) for path in leaves]
+
+
+def _given_norm(grad_norm: Any, scope: Scope, norm_of: NormOf) -> Float[Array, "1"]:
     if not (isinstance(scope, str) and scope == "global"):
         raise ValueError(
             f"`grad_norm` is the norm of the whole gradient and needs scope='global', got {scope=}."
+        )
+    if norm_of is not None:
+        raise ValueError(
+            f"`grad_norm` is the norm of the gradient and needs norm_of=None, got {norm_of=}."
         )
     return checks.check_scalar("grad_norm", grad_norm)[None]
