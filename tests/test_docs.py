@@ -209,9 +209,10 @@ assert resumed.state_dict() == json.loads(text)
 
 
 def rows_of_links():
-    """The pairs of the last table of the page on migrating, apart from the record."""
-    last_table = MIGRATING.read_text().rpartition("|---|---|\n")[2].partition("\n\n")[0]
-    rows = [re.findall(r"`(.*?)`", row)[:2] for row in last_table.splitlines()]
+    """The pairs of the table of links on the page on migrating, apart from the record."""
+    head = "| stateful | link of an `optax.chain` |\n|---|---|\n"
+    table = MIGRATING.read_text().partition(head)[2].partition("\n\n")[0]
+    rows = [re.findall(r"`(.*?)`", row)[:2] for row in table.splitlines()]
     return [(stateful, link) for stateful, link in rows if "apply_grads" not in stateful]
 
 
