@@ -8,44 +8,80 @@ ACCELERATORS := .venv-accelerators
 # Two workers: more cost more in compilation than they gain.
 WORKERS ?= 2
 
-.PHONY: test coverage test-long test-lowest test-deprecations demo spikes lint format wheel bench accelerators memory memory-accelerators soak study study-rules rules mutation docs links colabs clean
+.DEFAULT_GOAL := test
+.PHONY: help test coverage test-long test-lowest test-deprecations demo spikes lint format wheel bench accelerators memory memory-accelerators soak study study-rules rules mutation docs links colabs clean
 
-test: lint $(VENV)/test
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+test: lint $(VENV)/test ## Lint and run the tests, except for those marked as long.
 	$(BIN)/pytest -n $(WORKERS)
 
-# How much of the package the tests run: apart, because it takes a sixth more of their time.
-coverage: $(VENV)/test
+coverage: $(VENV)/test ## Show how much of the package the tests run, in a sixth more time.
 	$(BIN)/pytest -n $(WORKERS) --cov --cov-report=term
 
-# With the combinations of clippers, layouts and modes that `make test` leaves out: tests/breadth.py.
-test-long: $(VENV)/test
+# See tests/breadth.py.
+test-long: $(VENV)/test ## Test all combinations of clippers, layouts and modes.
 	$(BIN)/pytest -n $(WORKERS) -m ""
 
-# With the lowest versions that pyproject.toml allows of all that it names.
-test-lowest: $(LOWEST)/test
+test-lowest: $(LOWEST)/test ## Test with the lowest versions that pyproject.toml allows.
 	$(LOWEST)/bin/pytest -n $(WORKERS)
 
-# What a later version of JAX, NumPy or Python will refuse.
-test-deprecations: $(VENV)/test
+test-deprecations: $(VENV)/test ## Test with warnings as errors.
 	$(BIN)/pytest -n $(WORKERS) -W error
 
-lint: $(LINT)/lint
+mutation: $(VENV)/mutation ## Find small mistakes that the tests miss: half an hour; ARGS="--modules norms" for a part.
+	$(BIN)/python mutation/run.py $(ARGS)
+
+lint: $(LINT)/lint ## Check style and types.
 	$(LINT)/bin/ruff check .
 	$(LINT)/bin/ruff format --check .
 	$(LINT)/bin/mypy
 
-format: $(LINT)/lint
+format: $(LINT)/lint ## Mend the style.
 	$(LINT)/bin/ruff check --fix .
 	$(LINT)/bin/ruff format .
 
-demo: $(VENV)/demo
+demo: $(VENV)/demo ## Train a recurrent network with five clippers: two minutes.
 	$(BIN)/python examples/train_text.py
 
-spikes: $(VENV)/demo
+bench: $(VENV)/test ## Compare time, memory and compilation with Optax's clippers.
+	$(BIN)/python benchmarks/bench.py
+
+accelerators: $(ACCELERATORS)/accelerators ## Compile for a TPU and a GPU, which need not be there: traffic and kernels.
+	$(ACCELERATORS)/bin/python benchmarks/accelerators.py $(ARGS)
+
+memory: $(VENV)/test ## Measure temporary memory and time of gradients that are computed block by block.
+	$(BIN)/python benchmarks/memory.py
+
+memory-accelerators: $(ACCELERATORS)/accelerators ## The memory of these gradients on a TPU and a GPU, by their compilers.
+	$(ACCELERATORS)/bin/python benchmarks/memory.py --devices v5e h100
+
+spikes: $(VENV)/demo ## Run all clippers over thirteen streams of norms.
 	$(BIN)/python benchmarks/spikes.py
 
-# The wheel of a clean tree, installed into an environment with its dependencies and nothing else.
-wheel:
+rules: $(VENV)/test ## Run candidates for the rule of autoclip() over these streams.
+	$(BIN)/python benchmarks/auto_rules.py
+
+soak: $(VENV)/test ## Run a million steps of every clipper against float64.
+	$(BIN)/python benchmarks/soak.py
+
+study: $(VENV)/study ## Train all clippers on sixteen tasks: hours; ARGS="--task regression" for a part.
+	PYTHONPATH=benchmarks:examples $(BIN)/python -m study $(ARGS)
+
+study-rules: $(VENV)/study ## Train candidates for the rule of autoclip() on half of the study.
+	PYTHONPATH=benchmarks:examples $(BIN)/python -m study.rules $(ARGS)
+
+docs: $(VENV)/docs ## Build the site; warnings are errors.
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+links: $(VENV)/docs ## Check the links that leave the site.
+	$(BIN)/sphinx-build -b linkcheck docs docs/_build/links
+
+colabs: $(VENV)/colabs ## Run every notebook from top to bottom, in a copy.
+	$(BIN)/python colabs/execute.py --check
+
+wheel: ## Build the wheel of a clean tree and install it into an empty environment.
 	rm -rf dist && mkdir dist
 	git archive --format=tar --output=dist/source.tar HEAD
 	mkdir dist/source && tar -xf dist/source.tar -C dist/source
@@ -54,52 +90,8 @@ wheel:
 	dist/venv/bin/python -m pip install --quiet dist/*.whl
 	cd dist && venv/bin/python -c "import optax_smartclip as s; print(s.__version__, s.autoclip())"
 
-bench: $(VENV)/test
-	$(BIN)/python benchmarks/bench.py
-
-# What the same costs on a TPU and on a GPU, by their compilers: it needs neither.
-accelerators: $(ACCELERATORS)/accelerators
-	$(ACCELERATORS)/bin/python benchmarks/accelerators.py $(ARGS)
-
-# Temporary memory and time of gradients that are computed block by block.
-memory: $(VENV)/test
-	$(BIN)/python benchmarks/memory.py
-
-# The memory of these gradients on a TPU and on a GPU, by their compilers.
-memory-accelerators: $(ACCELERATORS)/accelerators
-	$(ACCELERATORS)/bin/python benchmarks/memory.py --devices v5e h100
-
-# Why autoclip() follows the rule that it does: what candidates do about thirteen streams of norms.
-rules: $(VENV)/test
-	$(BIN)/python benchmarks/auto_rules.py
-
-# A million steps of every clipper against float64.
-soak: $(VENV)/test
-	$(BIN)/python benchmarks/soak.py
-
-# Which clipper, at which learning rate: hours; ARGS="--task regression" for a part.
-study: $(VENV)/study
-	PYTHONPATH=benchmarks:examples $(BIN)/python -m study $(ARGS)
-
-# Why autoclip() follows the rule that it does: what candidates lose on half of the study.
-study-rules: $(VENV)/study
-	PYTHONPATH=benchmarks:examples $(BIN)/python -m study.rules $(ARGS)
-
-# Which small mistakes would the tests not notice? Half an hour; ARGS="--modules norms" for a part.
-mutation: $(VENV)/mutation
-	$(BIN)/python mutation/run.py $(ARGS)
-
-# Every notebook from top to bottom, in a copy. To renew what they show: colabs/execute.py
-colabs: $(VENV)/colabs
-	$(BIN)/python colabs/execute.py --check
-
-# Warnings are errors. It needs no network once its tools are installed.
-docs: $(VENV)/docs
-	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
-
-# The links that leave the site.
-links: $(VENV)/docs
-	$(BIN)/sphinx-build -b linkcheck docs docs/_build/links
+clean: ## Remove all that these targets make.
+	rm -rf $(VENV) $(LOWEST) $(LINT) $(ACCELERATORS) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist docs/_build docs/colabs
 
 # A stamp per set of extras, renewed when the dependencies change.
 $(VENV)/test $(VENV)/demo $(VENV)/study $(VENV)/docs $(VENV)/colabs $(VENV)/mutation: $(VENV)/%: pyproject.toml | $(BIN)/uv
@@ -136,6 +128,3 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-
-clean:
-	rm -rf $(VENV) $(LOWEST) $(LINT) $(ACCELERATORS) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist docs/_build docs/colabs
