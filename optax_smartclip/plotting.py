@@ -91,8 +91,8 @@ def plot_norms(
         clipper: If there are several clippers, the place of one: `"0"` for `"0/grad_norm"`.
         group: If there are several groups, the number of one.
         seed_axis: Which axis counts the seeds of runs under `jax.vmap`, if there is one: 0 for
-            `[seeds, steps]` and `[seeds, steps, groups]`, as of a vmapped run, 1 for
-            `[steps, seeds]` and `[steps, seeds, groups]`, as of vmapped steps.
+            `[seeds, steps]` and `[seeds, steps, groups]`, as a vmapped run returns, 1 for
+            `[steps, seeds]` and `[steps, seeds, groups]`, as vmapped steps return.
         steps: The number of each step, of shape `[steps]`, increasing; by default 1, 2, ...
         ax: Where to draw; by default, in a new figure of `matplotlib.pyplot`.
 
@@ -117,7 +117,7 @@ def plot_norms(
         hint = _SEED_HINT if seed_axis is None else ""
         raise ValueError(f"`group` must be an int from 0 to {num_groups - 1}, got {group!r}.{hint}")
     norm, threshold, ran = (clip[k][:, group or 0] for k in ("grad_norm", "clip_threshold", "ran"))
-    # Of one group among several, nothing is known in a step that its clipper did not see.
+    # One group among several has no record in a step that its clipper did not see.
     known = ran | (num_groups == 1)
     lines, marks = {"norm": norm}, {}
     if ran.any():

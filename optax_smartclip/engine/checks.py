@@ -1,7 +1,7 @@
 """Checks of arguments, made where the user wrote them: in the factories.
 
-Each raises with the argument's name, its value and what is allowed. A number that is traced, as one
-of `optax.inject_hyperparams` in a compiled step, has no value yet and passes unchecked.
+Each error names the argument, its value and the allowed values. A traced number, such as one of
+`optax.inject_hyperparams` in a compiled step, has no value yet and passes unchecked.
 """
 
 import numbers

@@ -77,12 +77,12 @@ def culprits(metrics: Mapping[str, Any], *, top: int = 5) -> Culprits:
         metrics: What `smartclip.metrics` returned, with the record of `observe_norms`, of a
             clipper, or both. A clipper with several groups must have the `scope` of
             `observe_norms`. The threshold of the units of `agc` is not one of a norm: leave
-            `clip_threshold` out. Values may have leading axes, as of the steps of a scan.
+            `clip_threshold` out. Values may have leading axes, such as the steps of a scan.
         top: How many groups to return at most.
 
     Returns:
-        Indices and values, of shape `[top]`, or `[groups]` if there are fewer, behind the leading
-        axes. `describe` makes a line of text of those of one step.
+        Indices and values, of shape `[top]`, or `[groups]` if there are fewer, after the leading
+        axes. `describe` makes a line of text from those of one step.
 
     Raises:
         ValueError: If `metrics` has neither record, several clippers, or groups that differ; if

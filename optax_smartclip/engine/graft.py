@@ -22,7 +22,7 @@ from optax_smartclip.engine.trees import KeyPath, PyTree, path_name
 Nodes = list[tuple[KeyPath, Any]]
 
 # The names that lead to a field of a state, and the path of the parameter below it; None where
-# the numbers in that are no names.
+# the numbers in that path are not names.
 Identity = tuple[tuple[str, ...], tuple[str, ...] | None]
 
 
@@ -37,18 +37,18 @@ def graft(
 ) -> PyTree:
     """Puts everything but the clippers of a saved optimizer state into a new one.
 
-    For a run that goes on with another clipper in its chain than it was saved with, with one more
-    or with none, or within `skip_spikes`. Leaves are recognised by the names on their paths (`mu`,
-    `kernel`), and those of equal names by their order: a number is no name, because a link more or
-    less in a chain moves the others, nor is the `inner_state` of a wrapper. So `saved` may be a
-    state of its own type, or the lists and dictionaries of a checkpoint that was restored without
-    a target. A clipper that `saved` has under the same names, with the same fields and shapes,
-    goes on where it was; any other starts anew.
+    Use it when a run adds, removes or exchanges a clipper, or starts to use `skip_spikes`. Leaves
+    are matched by the names on their paths (`mu`, `kernel`), and leaves with equal names by their
+    order. Indices are ignored, since adding a link to a chain shifts them, and so is the
+    `inner_state` of a wrapper. So `saved` may be a state of its own type, or the lists and
+    dictionaries of a checkpoint that was restored without a target. A clipper that `saved` has
+    under the same names, with the same fields and shapes, continues; any other starts from `init`.
 
-    With `on_mismatch`, the model may have changed as well. What both have goes on. What is new, or
-    has another shape, starts as `init` starts it, and what only `saved` has is left out. Numbers in
-    the path of a parameter are then names, too. A clipper with several groups has no names in its
-    state: it goes on only if both lists of labels are given, each group from the one of its label.
+    With `on_mismatch`, the model may have changed as well. Leaves that both states have continue.
+    A leaf that is new, or has another shape, starts as `init` starts it, and a leaf that only
+    `saved` has is left out. Indices in the path of a parameter then count as names. A clipper with
+    several groups has no names in its state: it continues only if both lists of labels are given,
+    each group from the group with its label.
 
     Args:
         saved: The optimizer state of the run so far.
@@ -122,7 +122,7 @@ class _Match:
     reshaped: set[str] = dataclasses.field(default_factory=set)
 
     def leaves(self, old: Nodes, new: Nodes, fields: Collection[KeyPath]) -> dict[KeyPath, Any]:
-        """For leaves that are no clipper's; `fields` are those below which numbers are names."""
+        """Leaves that belong to no clipper; below `fields`, numbers are names."""
         identities = {path: _identity(path, fields) for path, _ in new}
         counts = Counter(identities.values())
         candidates: dict[Identity, Nodes] = defaultdict(list)
@@ -171,7 +171,7 @@ class _Match:
         return as_array(leaf).astype(as_array(like).dtype)
 
     def clippers(self, old: Nodes, new: Nodes) -> dict[KeyPath, Any]:
-        """For clippers, of which one without a counterpart is no error."""
+        """Clippers. One without a counterpart starts from `init`, without an error."""
         remaining = [(path, Clipper.of(node)) for path, node in old]
         by_path, lines = {}, []
         for path, node in new:
@@ -220,10 +220,10 @@ class _Match:
         return any(f"{name}/".startswith(f"{label}/") for name in self.reshaped)
 
     def tell(self, problem: str, *lines: str) -> None:
-        """Raises an error with the problem, or says what is done instead."""
+        """Raises an error with the problem, or reports what happens instead."""
         if self.on_mismatch is None:
             raise ValueError(
-                f"{problem} With `on_mismatch=print`, what is new starts, what has no place is "
+                f"{problem} With `on_mismatch=print`, new leaves start, leaves without a place are "
                 "left out, and both are printed."
             )
         for line in lines:
@@ -255,7 +255,7 @@ def _check_labels(
 
 
 def _in_order(tree: PyTree) -> Nodes:
-    """Leaves and clippers with their paths; the tenth layer behind the ninth, also by its name."""
+    """Leaves and clippers with their paths, in natural order: layer 10 after layer 9."""
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_clipper)
     return sorted(nodes, key=lambda item: [_natural(name) for name in _parts(item[0])])
 

@@ -106,7 +106,7 @@ def assign_groups(
 ) -> Groups:
     """Assigns every leaf of `tree` that a mask does not leave out to a group.
 
-    What is left out has a group, too, so that a state does not depend on the mask.
+    A leaf that is left out has a group, too, so that a state does not depend on the mask.
 
     Raises:
         ValueError: If a tree of labels has no label for a leaf, a function returns None, a mask has

@@ -1,6 +1,6 @@
 """Norms that a wrapper has computed already, for the clippers inside it.
 
-A wrapper says what it knows while it calls what is inside:
+A wrapper announces the norm that it knows while it calls its inner transformation:
 
     with known_norm(arrays, norm, axis_name):
         inner.update(...)  # `group_norms` of these very arrays, as one group, is `norm`

@@ -1,4 +1,4 @@
-"""What is done with a library when the program imports it, so that this package need not.
+"""Runs code when the program imports a library, so that this package need not import it.
 
     on_import("flax.serialization", register)
 
@@ -27,7 +27,7 @@ class _Finder(MetaPathFinder):
         self._name = name
         self._callback = callback
 
-    # Paths of namespace packages are no sequences, whatever the protocol says.
+    # Paths of namespace packages are not sequences, whatever the protocol says.
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if fullname != self._name:
             return None

@@ -114,7 +114,7 @@ def replicate(array: Array) -> Array:
     if AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
         whole: Array = jax.sharding.reshard(array, nowhere)
         return whole
-    # Inside `shard_map`, what is left to the compiler stays so.
+    # Inside `shard_map`, an axis that is left to the compiler stays so.
     if set(jax.sharding.get_abstract_mesh().axis_types) == {AxisType.Auto}:
         whole = jax.lax.with_sharding_constraint(array, nowhere)
         return whole

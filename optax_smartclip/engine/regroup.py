@@ -22,11 +22,11 @@ Rows = Sequence[int | None]
 
 
 def is_clipper(node: Any) -> bool:
-    """Whether a node is a clipper's state, or the dictionary that became of one.
+    """Whether a node is a clipper's state, or the dictionary that a checkpoint made of one.
 
-    Or either within another state, as of `inject_hyperparams`. What `skip_spikes` knows of past
-    steps is one as well, and the record of `observe_norms`; the optimizer inside `skip_spikes` is
-    not.
+    It may be inside another state, such as that of `inject_hyperparams`. The history of
+    `skip_spikes` and the record of `observe_norms` count as well; the optimizer inside
+    `skip_spikes` does not.
     """
     fields = _fields(node)
     if fields.keys() == set(NormMetrics._fields):
@@ -91,7 +91,7 @@ class Clipper:
         )
 
     def go_on(self, new: "Clipper", rows: Rows) -> dict[str, Any]:
-        """The leaves of a new state of this kind, with what is known from this one."""
+        """The leaves of a new state of this kind, filled from this one where possible."""
         return {
             name: self._go_on(leaf, fresh, rows, new)
             if name.startswith(self.within)
@@ -120,7 +120,7 @@ class Clipper:
 
 
 def _cast(leaf: Any, fresh: Any) -> Any:
-    """A leaf in the dtype of another; what is still as that one starts keeps its full precision.
+    """A leaf in the dtype of another. Values that are still initial keep their full precision.
 
     Empty places of a history hold the largest float32, which bfloat16 rounds to infinity.
     """

@@ -22,7 +22,7 @@ from optax_smartclip.engine.partitions import WHOLE, Stack
 from optax_smartclip.engine.trees import KeyPath, PyTree, flatten, path_name, unbox
 
 Axes = int | tuple[int, ...]
-# Any, because what is wrong is refused with a message.
+# Any, because a wrong type is refused with a message.
 Stacked = Mapping[str, Axes] | Callable[[KeyPath, tuple[int, ...]], Axes | None] | Any
 
 

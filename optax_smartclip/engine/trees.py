@@ -42,7 +42,7 @@ def _content(box: Any) -> Any:
 
 
 def unbox(tree: PyTree) -> PyTree:
-    """The tree with every box replaced by what is in it, such as an array.
+    """The tree with every box replaced by its content, such as an array.
 
     `nnx.Optimizer` gives `init` a state of variables and `update` one of bare arrays; without
     this, a path would end in `kernel/value` in the first and in `kernel` in the second. Boxes of

@@ -95,11 +95,8 @@ def reduced_axes(
 ) -> tuple[int, ...] | None:
     """The axes of a leaf over which a unit's norm is taken; None if it is one unit.
 
-    If the leaf is `split` over devices, what is an axis of size 1 here may be longer in the
-    whole, and only a leaf of rank 1 counts as a vector. Each slice of a stacked leaf has its own.
-
-    Raises:
-        ValueError: If `unit_axes` names an axis that the leaf does not have.
+    If the leaf is `split` over devices, an axis of size 1 here may be longer in the whole, and only
+    a leaf of rank 1 counts as a vector. Each slice of a stacked leaf has its own.
     """
     axes = stack.within if stack.axes else tuple(range(len(shape)))
     shape = tuple(shape[axis] for axis in axes)

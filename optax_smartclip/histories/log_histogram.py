@@ -49,7 +49,7 @@ def log_histogram(relative_error: float = 0.01, *, decay: float | None = None) -
     A percentile is that of `numpy.percentile` (linear interpolation) over all norms ever recorded,
     or up to `relative_error` more, never less: for norms from 1e-12 to 1e12, and for zeros
     exactly. Smaller norms count as 1e-12; where a percentile falls among larger ones it is the
-    largest float32. Counts are exact up to 2 ** 31 - 1 norms; then no more are recorded.
+    largest float32. Counts are exact up to 2 ** 31 - 1 norms; later norms are not recorded.
 
     A step costs two passes over the counts. The state is 4 bytes for each level: 22 kB per group
     at 0.01, inversely proportional to the error.

@@ -21,8 +21,8 @@ from optax_smartclip.engine.dtypes import as_float32, is_inexact
 from optax_smartclip.engine.norms import Norms
 from optax_smartclip.engine.states import state
 
-# The smallest standard deviation, in units of the mean: rounding noise on a constant norm is no
-# spike.
+# The smallest standard deviation, in units of the mean, so that rounding noise on a constant norm
+# is not a spike.
 _MIN_STD = 0.01
 
 

@@ -4,7 +4,7 @@ Next to the ring, which knows which norm is the oldest, the same norms are kept 
 order. A step deletes the oldest norm from the ordered copy and inserts the newest, each by one
 elementwise pass:
 
-    delete:  keep what is below the oldest, move the rest down by one
+    delete:  keep the values below the oldest, move the rest down by one
     insert:  new[i] = max(old[i - 1], min(old[i], norm))
 
 Empty places hold the largest float32, so that they are the tail of the ordered copy, and filling

@@ -77,7 +77,7 @@ class HeightCompressedGradient:
             if self._with_value:
                 return results, grads
             return (grads, results[1]) if self._has_aux else grads
-        # What jax.grad refuses as well, it refuses in its own words, and there is no warning.
+        # If jax.grad refuses the call as well, its error is raised, without a warning.
         outcome = self._plain(*args, **kwargs)
         warnings.warn(
             f"No plan could be made, the gradient is that of jax.grad: {reason}",
@@ -168,7 +168,7 @@ def height_compressed_grad(
     The function is traced and cut into blocks. Values inside of a block are not saved for the
     backward pass but computed again when it gets there. Under `jax.jit` and other transformations
     the plan becomes part of their program; outside of them each kind of call (structure, shapes,
-    dtypes, and the values of arguments that are no arrays) is compiled once, as by `jax.jit`.
+    dtypes, and the values of non-array arguments) is compiled once, as by `jax.jit`.
 
     Where no plan can be made, the gradient is that of `jax.grad`, with a `NoPlanWarning` that names
     the exception, and `last_executor` is None. What `jax.grad` refuses as well raises its error.

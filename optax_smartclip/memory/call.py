@@ -1,4 +1,4 @@
-"""The arguments of one call, with arrays apart from what is none."""
+"""The arguments of one call, split into array and non-array leaves."""
 
 import copy
 import operator
@@ -61,7 +61,7 @@ class Call:
         return key
 
     def without_arrays(self) -> "Call":
-        """Returns the call with what is needed to make arguments of other arrays only."""
+        """Returns the call without its arrays, for `unflatten` with other arrays."""
         call = copy.copy(self)
         call.arrays = [None] * len(self.arrays)
         return call

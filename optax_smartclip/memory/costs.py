@@ -134,7 +134,7 @@ def _forward_bytes(graph: Graph, cuts: Int64[np.ndarray, " cuts"]) -> Square:
     last = last_uses(graph)
     change = np.zeros(len(graph.nodes) + 2)
     widest = np.zeros((len(cuts), len(cuts)))
-    # From the end, so that what is born before the block has not been counted yet.
+    # From the end, so that values from before the block have not been counted yet.
     for first in reversed(range(len(cuts) - 1)):
         for index in range(cuts[first], cuts[first + 1]):
             for v in graph.nodes[index].outputs:
@@ -162,7 +162,7 @@ def _accumulator_bytes(
             uses[v].append(index)
     total = np.zeros((int(stretches[-1]) + 1,) * 2)
     for v, readers in uses.items():
-        # The gradient of what is read once is a result, which takes no temporary memory.
+        # The gradient of a value that is read once is a result, which takes no temporary memory.
         if len(readers) > 1:
             total += graph.size(v) * _terms(readers, stretches)
     return total

@@ -1,4 +1,4 @@
-"""What can be said of a value or an equation without running it."""
+"""Sizes, types and work of values and equations, without running them."""
 
 import math
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from jax.extend import core
 
 
 def aval_bytes(aval: Any) -> int:
-    """Returns the bytes of an array with this shape and dtype; 0 for what is no array."""
+    """Returns the bytes of an array with this shape and dtype; 0 for other values."""
     shape, dtype = getattr(aval, "shape", None), getattr(aval, "dtype", None)
     if shape is None or dtype is None:
         return 0

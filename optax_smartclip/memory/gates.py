@@ -1,6 +1,6 @@
 """Delays part of a program until given values are available.
 
-Recomputation depends on this: XLA may otherwise compute a block again long before its turn, or find
+Rematerialization depends on this. XLA may otherwise recompute a block long before its turn, or find
 that it was computed before and keep it. `jax.checkpoint` puts an optimization barrier there, which
 XLA drops on a CPU, and no memory is saved.
 

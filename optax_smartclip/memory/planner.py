@@ -1,8 +1,8 @@
-"""Where to cut a program into blocks, and which blocks to recompute.
+"""Where to cut a program into blocks, and which blocks to recompute (rematerialize).
 
-In the forward pass only what later blocks read is saved. In the backward pass a block is computed
-anew, its residuals live until its cotangents are known, and then what was saved for it alone dies.
-So the need of the block from node i to node j is
+The forward pass saves only the values that later blocks read. The backward pass recomputes a block.
+Its residuals live until its cotangents are known; then the values that were saved for it alone are
+freed. So the block from node i to node j needs
 
     saved before i  +  residuals within (i, j)  +  cotangents and gradients within (i, j)
 
@@ -79,7 +79,7 @@ class ScanPlan:
     """A `scan` cut into blocks of iterations.
 
     Attributes:
-        scan: What is known of it.
+        scan: The scan itself.
         block_length: The number of iterations in a block. The carry is saved before each block.
         body: The plan of one iteration.
     """

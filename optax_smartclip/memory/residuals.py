@@ -1,4 +1,4 @@
-"""What a node leaves for the backward pass, found by tracing its derivative.
+"""The residuals of each node: the values that its derivative reads. Tracing finds them.
 
 A rule of thumb per primitive would go wrong with every new one, and would know nothing of
 `custom_vjp`. JAX knows: what its vector-Jacobian product closes over.
@@ -20,7 +20,7 @@ class Residuals:
 
     Attributes:
         values: The numbers of those inputs and outputs that it reads.
-        extra: The bytes of what is computed for it only.
+        extra: The bytes of values that are computed for the derivative only.
         scratch: The bytes that it needs while it runs, and no longer.
     """
 

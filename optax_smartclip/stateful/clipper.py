@@ -58,7 +58,7 @@ class MetricsRecord(TypedDict, total=False):
         weight_norm: The norm of the weights. (Of AGC only.)
         target: What the weights allow, also while warming up. (Of AGC only.)
         scale: What the gradient was multiplied by, in [0, 1].
-        clipped: Whether the norm was over what is allowed.
+        clipped: Whether the norm was over the threshold or target.
     """
 
     algo: str
@@ -104,8 +104,8 @@ class StatefulClipper:
         self._refs: ClipState | None = None
         # A state that was loaded waits here to learn on which devices it belongs.
         self._loaded: ClipState | None = None
-        # Of the first gradient, with which the others are compared. Not of what `init` was given,
-        # which may be of another kind or, under shard_map, have the shapes of all devices.
+        # The shapes of the first gradient, with which later ones are compared. Not the shapes of
+        # the argument of `init`, which may be another tree or, under shard_map, be whole.
         self._shapes: Shapes | None = None
 
     def _set_up(self) -> None:
@@ -141,7 +141,7 @@ class StatefulClipper:
     def _limits(
         self, state: ClipState, norms: Norms, grads: PyTree, params: PyTree
     ) -> dict[str, Array]:
-        """What is allowed in this step, by its name in a `MetricsRecord`."""
+        """The limits of this step, by their names in a `MetricsRecord`."""
         raise NotImplementedError
 
     def _covers(self, leaf: Any) -> bool:
@@ -257,7 +257,7 @@ class StatefulClipper:
             self._keys, self._loaded = saved.keys, restored
         elif restored is not None:
             self._write(restored)
-            # What is known now may be from another model.
+            # The shapes that are known may be those of another model.
             self._shapes = None
 
     def _step(
@@ -328,7 +328,7 @@ def _is_empty(node: Any) -> bool:
 
 
 def _check_same_model(now: Shapes, first: Shapes) -> None:
-    """Raises ValueError with the first leaf that differs; what is None fits anything."""
+    """Raises ValueError with the first leaf that differs; None fits anything."""
 
     def describe(shapes: Shapes, path: KeyPath) -> str | None:
         if any(shapes.get(path[:depth], ()) is None for depth in range(len(path) + 1)):

@@ -56,7 +56,7 @@ class HistoryClipper(StatefulClipper):
         del grads, params
         finite = norms < LARGEST
         limits = self._threshold(state.rule, jnp.where(finite, norms, 0.0))
-        # What is no norm judges nothing, and the rule must not take the zero for one.
+        # A non-finite norm is not compared with anything, and the rule must not see a zero for it.
         return {"threshold": self._readable(jnp.where(finite, limits, self._learnt(state.rule)))}
 
     def _readable(self, thresholds: Norms) -> Norms:
@@ -177,7 +177,7 @@ class ZScoreClip(HistoryClipper):
 
     Args:
         zmax: Standard deviations above the mean at which to clip, > 0.
-        ema_decay: Of the moving averages per step, in (0, 1).
+        ema_decay: The decay of the moving averages per step, in (0, 1).
         scope: As in `AutoClip`, and so are the others.
         warmup_steps: See `AutoClip`.
         min_history: See `AutoClip`.

@@ -75,9 +75,8 @@ def clip_context(
 ) -> Iterator[optax.GradientTransformationExtraArgs]:
     """Clips every gradient that is passed to `optimizer.update` within the block.
 
-    It also yields a transformation that does the same, which is the better way, because it is no
-    magic: what is clipped is what calls *its* `update`, also in functions that were compiled
-    before, and after the block.
+    It also yields a transformation that does the same. That is preferable, because it is explicit:
+    its `update` clips, also in functions that were compiled before, and after the block.
 
         with clip_context(model, optimizer=tx) as clipping_tx:
             updates, opt_state = clipping_tx.update(grads, opt_state, params)
@@ -87,9 +86,9 @@ def clip_context(
     therefore a block in which nothing was clipped is an error.
 
     Args:
-        model: What is trained. It is not looked at.
+        model: The model. It is ignored.
         optimizer: An `optax.GradientTransformation`, or any object with its `init` and `update`.
-            It is the same again after the block, also after an exception; blocks may be nested.
+            The block restores it at its end, also after an exception. Blocks may be nested.
         clipper: An `AutoClip()` of this block if None.
         on_metrics: See `apply_grads`.
 

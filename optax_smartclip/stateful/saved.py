@@ -21,7 +21,7 @@ _GATE = ("warmup_steps", "min_history")
 
 
 class Saved(NamedTuple):
-    """What is saved of a clipper.
+    """The saved form of a clipper.
 
     Attributes:
         arguments: Those of its constructor.
@@ -78,7 +78,7 @@ def restore(template: ClipState, lists: Mapping[str, Any]) -> ClipState:
     """The saved state, with the structure, shapes and dtypes of `template`, as NumPy arrays.
 
     Raises:
-        ValueError: If a leaf is missing, has another shape or is no numbers.
+        ValueError: If a leaf is missing, has another shape or does not consist of numbers.
     """
 
     def leaf(name: str, like: Any) -> np.ndarray:
