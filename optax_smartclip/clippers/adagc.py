@@ -55,6 +55,7 @@ def adagc(
     warmup_steps: Any = 100,
     max_norm: Any = None,
     nonfinite: str = "zero",
+    min_scale: Any = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdaGC: keeps each tensor near the average of its norms, with the published defaults.
@@ -87,6 +88,7 @@ def adagc(
         warmup_steps: How many norms of a group are recorded before its threshold counts.
         max_norm: A ceiling on each group that always holds; see `clip_by_rule`.
         nonfinite: `"zero"` or `"propagate"`, for NaN and Inf norms; see `clip_by_rule`.
+        min_scale: The smallest scale, in [0, 1], or None; see `clip_by_rule`.
         axis_name: Mapped axes over which leaves are split; see `clip_by_rule`.
 
     Returns:
@@ -109,7 +111,7 @@ def adagc(
     checks.check_decay(decay)
     checks.check_positive("absolute_clip", absolute_clip, none="to cut nothing in warm-up")
     checks.check_positive("record_limit", record_limit, none="to record clipped norms")
-    checks.check_shared(warmup_steps, max_norm, nonfinite)
+    checks.check_shared(warmup_steps, max_norm, nonfinite, min_scale)
     # The rule has a threshold of its own in warm-up.
     return clip_by_rule(
         adagc_rule(relative_clip, decay, absolute_clip, record_limit, warmup_steps),
@@ -119,6 +121,7 @@ def adagc(
         norm_of=norm_of,
         max_norm=max_norm,
         nonfinite=nonfinite,
+        min_scale=min_scale,
         axis_name=axis_name,
     )
 

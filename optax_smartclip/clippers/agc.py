@@ -29,7 +29,7 @@ from optax_smartclip.engine.groups import (
 from optax_smartclip.engine.meshes import AxisName, vary_as, vary_as_before
 from optax_smartclip.engine.metrics import ClipMetrics, increment_where, next_metrics, observed
 from optax_smartclip.engine.norms import accumulator, group_norms, norms_in_range
-from optax_smartclip.engine.scaling import limit_threshold, scale_arrays, signed_scale
+from optax_smartclip.engine.scaling import keep_share, limit_threshold, scale_arrays, signed_scale
 from optax_smartclip.engine.stacks import Stacked, check_stacked
 from optax_smartclip.engine.states import (
     ClipState,
@@ -57,6 +57,7 @@ def agc(
     warmup_steps: Any = 0,
     max_norm: Any = None,
     nonfinite: str = "zero",
+    min_scale: Any = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips each unit's gradient to a fraction of the norm of the unit's weights.
@@ -92,6 +93,7 @@ def agc(
         nonfinite: `"zero"` or `"propagate"`, for units (or groups) with a NaN or Inf norm; see
             `clip_by_rule`. The norm of a unit over 1e19, whose square overflows, counts as Inf
             (not in float64).
+        min_scale: The smallest scale of a unit (or group), in [0, 1], or None; see `clip_by_rule`.
         axis_name: Mapped axes over which the leaves are split; see `clip_by_rule`. With scope
             "unit", only for leaves that are split within their units; where the units themselves
             are distributed, each device has what it needs.
@@ -121,7 +123,7 @@ def agc(
     """
     checks.check_positive("clipping", clipping)
     checks.check_positive("eps", eps)
-    checks.check_shared(warmup_steps, max_norm, nonfinite)
+    checks.check_shared(warmup_steps, max_norm, nonfinite, min_scale)
     check_scope(scope, ("unit", *SCOPES))
     check_stacked(stacked, scope)
     check_unit_axes(unit_axes, scope)
@@ -158,15 +160,16 @@ def agc(
         )
         norms = group_norms(arrays, partition, axis_name=axis_name)
 
-        def limit(weight_norm: Array) -> Array:
+        def limit(weight_norm: Array, norm: Array) -> Array:
             dtype = weight_norm.dtype
             least = jnp.asarray(eps).astype(dtype)
             threshold = jnp.asarray(clipping).astype(dtype) * jnp.maximum(weight_norm, least)
-            return limit_threshold(
+            limits = limit_threshold(
                 threshold, state.num_observed, warmup_steps, max_norm, accumulator(arrays)
             )
+            return keep_share(limits, norm, min_scale)
 
-        limits = jax.tree.map(limit, weight_norms)
+        limits = jax.tree.map(limit, weight_norms, norms)
         scale = functools.partial(signed_scale, mark_zeros=by_units)
         scales = jax.tree.map(scale, norms, limits)
         clipped = scale_arrays(arrays, partition, scales, nonfinite, mark_zeros=by_units)

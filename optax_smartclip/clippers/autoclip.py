@@ -78,6 +78,7 @@ def autoclip(
     warmup_steps: Any = None,
     max_norm: Any = None,
     nonfinite: str = "zero",
+    min_scale: Any = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips gradients to a threshold learnt from the history of their norms.
@@ -117,6 +118,7 @@ def autoclip(
             auto mode and 0 with a percentile.
         max_norm: A ceiling that always holds, in warm-up too; see `clip_by_rule`.
         nonfinite: `"zero"` or `"propagate"`, for NaN and Inf norms; see `clip_by_rule`.
+        min_scale: The smallest scale, in [0, 1], or None; see `clip_by_rule`.
         axis_name: Mapped axes over which leaves are split; see `clip_by_rule`.
 
     Returns:
@@ -168,6 +170,7 @@ def autoclip(
         warmup_steps=warmup_steps,
         max_norm=max_norm,
         nonfinite=nonfinite,
+        min_scale=min_scale,
         axis_name=axis_name,
     )
 

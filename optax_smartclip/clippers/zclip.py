@@ -55,6 +55,7 @@ def zclip(
     warmup_steps: Any = 25,
     max_norm: Any = 1.0,
     nonfinite: str = "zero",
+    min_scale: Any = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """ZClip: clips outliers to near the mean of recent norms, with the published defaults.
@@ -87,6 +88,7 @@ def zclip(
         warmup_steps: How many norms are averaged before the rule clips.
         max_norm: A ceiling that always holds, in warm-up too; see `clip_by_rule`.
         nonfinite: `"zero"` or `"propagate"`, for NaN and Inf norms; see `clip_by_rule`.
+        min_scale: The smallest scale, in [0, 1], or None; see `clip_by_rule`.
         axis_name: Mapped axes over which leaves are split; see `clip_by_rule`.
 
     Returns:
@@ -121,6 +123,7 @@ def zclip(
         warmup_steps=warmup_steps,
         max_norm=max_norm,
         nonfinite=nonfinite,
+        min_scale=min_scale,
         axis_name=axis_name,
     )
 

@@ -45,6 +45,7 @@ def zscore_clip(
     warmup_steps: Any = 1,
     max_norm: Any = None,
     nonfinite: str = "zero",
+    min_scale: Any = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips gradients to the mean plus `zmax` standard deviations of the norms before them.
@@ -69,6 +70,7 @@ def zscore_clip(
         warmup_steps: How many finite norms are observed before clipping starts.
         max_norm: A ceiling that always holds, in warm-up too; see `clip_by_rule`.
         nonfinite: `"zero"` or `"propagate"`, for NaN and Inf norms; see `clip_by_rule`.
+        min_scale: The smallest scale, in [0, 1], or None; see `clip_by_rule`.
         axis_name: Mapped axes over which leaves are split; see `clip_by_rule`.
 
     Returns:
@@ -99,6 +101,7 @@ def zscore_clip(
         warmup_steps=warmup_steps,
         max_norm=max_norm,
         nonfinite=nonfinite,
+        min_scale=min_scale,
         axis_name=axis_name,
     )
 

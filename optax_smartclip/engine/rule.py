@@ -20,7 +20,7 @@ from optax_smartclip.engine.groups import Groups, LeafMask, Scope, assign_groups
 from optax_smartclip.engine.meshes import AxisName, vary_as, vary_as_before
 from optax_smartclip.engine.metrics import increment_where, next_metrics
 from optax_smartclip.engine.norms import Norms, group_norms, has_gradient, learnable
-from optax_smartclip.engine.scaling import limit_threshold, scale_arrays, signed_scale
+from optax_smartclip.engine.scaling import keep_share, limit_threshold, scale_arrays, signed_scale
 from optax_smartclip.engine.stacks import Stacked, check_stacked
 from optax_smartclip.engine.states import (
     ClipState,
@@ -75,6 +75,7 @@ def clip_by_rule(
     warmup_steps: Any = 0,
     max_norm: Any = None,
     nonfinite: str = "zero",
+    min_scale: Any = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips the norm of each group of leaves to the threshold that a rule has learnt.
@@ -112,11 +113,15 @@ def clip_by_rule(
             `shard_map`, the function is given what is on one device.
         warmup_steps: How many positive, finite norms a group has observed before the rule may clip
             it. They are recorded. A number >= 0.
-        max_norm: A ceiling on the norm of every group that always holds, in warm-up too: a
-            positive number, in the unit of the gradient's norm, or None.
+        max_norm: A ceiling on the norm of every group that always holds, in warm-up too, unless
+            `min_scale` is set: a positive number, in the unit of the gradient's norm, or None.
         nonfinite: What becomes of a group whose norm is NaN or Inf: `"zero"`, its updates are
             zero, or `"propagate"`, they pass as they are. Either way it is counted and never
             recorded.
+        min_scale: The smallest number that a finite gradient is multiplied by, in [0, 1], or None
+            for any. It goes before the rule and `max_norm`: where they ask for less, the norm stays
+            above both, and the threshold in the record is `min_scale` times the norm. What the rule
+            learns does not change.
         axis_name: Under `shard_map` or `pmap`, the mapped axis or axes over which the leaves are
             split, so that norms are summed across them. A leaf that is whole on all devices is
             counted once, unless `shard_map` was told `check_vma=False`: then it counts once for
@@ -155,7 +160,7 @@ def clip_by_rule(
     check_scope(scope)
     check_stacked(stacked, scope)
     _check_norm_of(norm_of)
-    checks.check_shared(warmup_steps, max_norm, nonfinite)
+    checks.check_shared(warmup_steps, max_norm, nonfinite, min_scale)
 
     def groups_of(tree: PyTree) -> Groups:
         return assign_groups(scope, tree, stacked=stacked, mask=mask)
@@ -209,6 +214,7 @@ def clip_by_rule(
         limits = limit_threshold(
             thresholds, state.num_observed, warmup_steps, max_norm, norms.dtype
         )
+        limits = keep_share(limits, norms, min_scale)
         scales = signed_scale(norms, limits)
         clipped = scale_arrays(arrays, partition, scales, nonfinite)
         recorded = rule.record(state.rule, shown, thresholds)

@@ -59,6 +59,16 @@ def limit_threshold(
     return jnp.maximum(jnp.fmin(learnt, ceiling), 0.0)
 
 
+def keep_share(
+    limit: Float[Array, "*shape"], norm: Float[Array, "*shape"], min_scale: Any
+) -> Float[Array, "*shape"]:
+    """Raises thresholds to `min_scale` times the norm, so that no scale is smaller."""
+    if min_scale is None:
+        return limit
+    finite = jnp.where(jnp.isfinite(norm), norm, 0.0)
+    return jnp.maximum(limit, jnp.asarray(min_scale).astype(norm.dtype) * finite)
+
+
 def has_reached(count: Int32[Array, "*shape"], steps: Any) -> Bool[Array, "*shape"]:
     """Whether a count is at least `steps`, which may be a float or traced."""
     return as_float32(count) >= as_float32(steps)

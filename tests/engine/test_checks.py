@@ -54,7 +54,9 @@ OWN_NUMBERS = [
 SHARED_NUMBERS = [
     ("warmup_steps", (-1, -0.5, INF, 2**31, *BAD)),
     ("max_norm", (0, 0.0, -1.0, -INF, *BAD)),
+    ("min_scale", (-0.1, 1.1, INF, *BAD)),
 ]
+SHARED_NAMES = [name for name, _ in SHARED_NUMBERS]
 SHARED_CHOICES = [
     ("nonfinite", ("zeros", "")),
     ("scope", ("gobal", "", None)),
@@ -88,6 +90,7 @@ def test_a_bad_argument_is_named_with_its_value(factory, name, value):
         (smartclip.ring_buffer, "size", 0, "a Python int from 1 to 16777216"),
         (clip_by_rule, "warmup_steps", -1, "a number of steps, >= 0"),
         (clip_by_rule, "max_norm", 0, "positive, or None"),
+        (clip_by_rule, "min_scale", 2, "in [0, 1], or None"),
         (clip_by_rule, "nonfinite", "x", "one of 'zero', 'propagate'"),
         (clip_by_rule, "scope", "x", "one of 'global', 'per_layer', 'per_param'"),
         (smartclip.agc, "scope", "x", "one of 'unit', 'global', 'per_layer', 'per_param'"),
@@ -178,6 +181,7 @@ def test_the_auto_mode_refuses_a_history_of_one_percentile():
         (clip_by_rule, "warmup_steps", (0, 10, 2.5, 2**31 - 1)),
         (clip_by_rule, "max_norm", (None, 1, 1e-30, INF)),
         (clip_by_rule, "nonfinite", ("zero", "propagate")),
+        (clip_by_rule, "min_scale", (None, 0, 1e-30, 1)),
         (clip_by_rule, "scope", ("global", "per_layer", "per_param", {"a": 1}, lambda path: 1)),
     ],
 )
@@ -191,6 +195,7 @@ SHARED = {
     "mask": None,
     "max_norm": None,
     "nonfinite": "zero",
+    "min_scale": None,
     "axis_name": None,
 }
 DEFAULTS = {
@@ -301,7 +306,7 @@ def test_traced_arrays_have_no_value_to_check_and_are_used_as_they_are(factory, 
         return tx.update(params, tx.init(params), params)[0]
 
     # Out of range for every argument.
-    numbers = {name: jnp.asarray(-1, dtype) for name in (*names, "warmup_steps", "max_norm")}
+    numbers = {name: jnp.asarray(-1, dtype) for name in (*names, *SHARED_NAMES)}
     assert jax.eval_shape(step, numbers)["w"].dtype == jnp.float32
     # With a value, it is checked.
     good = {name: jnp.asarray(0.5) for name in names}
@@ -405,7 +410,7 @@ def test_every_argument_is_a_number_or_among_those_that_cannot_be_traced():
     numbers = {
         "percentile", "zmax", "decay", "clip_factor", "record_limit", "relative_clip",
         "absolute_clip", "clipping", "eps", "sigma", "max_consecutive", "warmup_steps", "max_norm",
-        "b1", "b2", "weight_decay",
+        "min_scale", "b1", "b2", "weight_decay",
     }  # fmt: skip
     for factory in INJECTED.values():
         assert set(inspect.signature(factory).parameters) <= numbers | NOT_TRACED.keys()
