@@ -9,7 +9,7 @@ ACCELERATORS := .venv-accelerators
 WORKERS ?= 2
 
 .DEFAULT_GOAL := test
-.PHONY: help test coverage test-long test-lowest test-deprecations demo spikes lint format wheel bench accelerators memory memory-accelerators soak study study-rules rules mutation docs links colabs clean
+.PHONY: help test coverage test-long test-lowest test-deprecations demo spikes lint format wheel bench accelerators memory memory-accelerators soak study study-rules rules placements mutation docs links colabs clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ spikes: $(VENV)/demo ## Run all clippers over thirteen streams of norms.
 
 rules: $(VENV)/test ## Run candidates for the rule of autoclip() over these streams.
 	$(BIN)/python benchmarks/auto_rules.py
+
+placements: $(VENV)/test ## Run clippers before and after eight optimizers, through a spike.
+	$(BIN)/python benchmarks/placements.py
 
 soak: $(VENV)/test ## Run a million steps of every clipper against float64.
 	$(BIN)/python benchmarks/soak.py
