@@ -7,8 +7,13 @@ from optax_smartclip import masks
 from optax_smartclip.clippers.adagc import adagc
 from optax_smartclip.clippers.agc import agc
 from optax_smartclip.clippers.autoclip import autoclip
+from optax_smartclip.clippers.keep_last_good import (
+    LastGoodState,
+    keep_last_good,
+    restore_last_good,
+)
 from optax_smartclip.clippers.observe_norms import observe_norms
-from optax_smartclip.clippers.skip_spikes import SkipState, skip_spikes
+from optax_smartclip.clippers.skip_spikes import GiveUpState, SkipState, skip_spikes
 from optax_smartclip.clippers.stable_adamw import (
     StableAdamState,
     scale_by_stable_adam,
@@ -20,7 +25,14 @@ from optax_smartclip.clippers.zscore_clip import zscore_clip
 from optax_smartclip.engine.culprits import Culprits, culprits
 from optax_smartclip.engine.graft import graft
 from optax_smartclip.engine.groups import group_labels
-from optax_smartclip.engine.metrics import ClipMetrics, NormMetrics, SkipMetrics, metrics
+from optax_smartclip.engine.metrics import (
+    ClipMetrics,
+    GiveUpMetrics,
+    LastGoodMetrics,
+    NormMetrics,
+    SkipMetrics,
+    metrics,
+)
 from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
 from optax_smartclip.engine.states import ClipState
 from optax_smartclip.histories.geometric_quantile import geometric_quantile
@@ -38,6 +50,10 @@ __all__ = [
     "ClipMetrics",
     "ClipState",
     "Culprits",
+    "GiveUpMetrics",
+    "GiveUpState",
+    "LastGoodMetrics",
+    "LastGoodState",
     "NormHistory",
     "NormMetrics",
     "SkipMetrics",
@@ -55,10 +71,12 @@ __all__ = [
     "geometric_quantile",
     "graft",
     "group_labels",
+    "keep_last_good",
     "log_histogram",
     "masks",
     "metrics",
     "observe_norms",
+    "restore_last_good",
     "ring_buffer",
     "scale_by_stable_adam",
     "skip_spikes",

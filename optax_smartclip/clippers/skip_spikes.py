@@ -23,6 +23,7 @@ from optax_smartclip.engine.groups import LeafMask, assign_groups
 from optax_smartclip.engine.known_norms import known_norm
 from optax_smartclip.engine.meshes import AxisName, vary_as, vary_as_before
 from optax_smartclip.engine.metrics import (
+    GiveUpMetrics,
     SkipMetrics,
     increment_where,
     reported,
@@ -80,6 +81,17 @@ class SkipState:
     detector: SpikeDetectorState
 
 
+@state
+class GiveUpState(SkipState):
+    """The state of `skip_spikes` with `give_up_after`.
+
+    Attributes:
+        give_up: For how long there has been nothing but bad steps.
+    """
+
+    give_up: GiveUpMetrics
+
+
 def skip_spikes(
     inner: optax.GradientTransformation,
     *,
@@ -87,6 +99,7 @@ def skip_spikes(
     window: int = 128,
     max_consecutive: Any = 32,
     warmup_steps: Any = 10,
+    give_up_after: Any = None,
     mask: LeafMask = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -103,6 +116,13 @@ def skip_spikes(
     A norm of zero is no spike and is not remembered.
     Note that batches which always stand out, and are fewer than a quarter of all, are always
     dropped, be they spikes or the only ones of their kind.
+
+    With `give_up_after`, the metric `exhausted` is true from that many bad steps in a row on, and
+    until a step is neither a spike nor NaN or Inf. A training loop can then stop or return to an
+    earlier state, as `smartclip.restore_last_good` does. It changes nothing about which steps are
+    dropped: those after it are as well. A spike that `max_consecutive` lets through is a bad step
+    and does not end the row. A step without a norm or loss, such as one with a gradient of zero, is
+    neither good nor bad.
 
     What the training step computes outside of the optimizer, such as batch statistics and step
     counters, moves on in a dropped step: `smartclip.where_skipped` undoes this.
@@ -121,6 +141,8 @@ def skip_spikes(
             16,777,216.
         max_consecutive: After how many spikes in a row one is let through, >= 1.
         warmup_steps: How many finite ones are observed before steps are dropped for a spike.
+        give_up_after: After how many steps in a row that are spikes, NaN or Inf the metrics say
+            `exhausted`, >= 1; None to leave this and `num_bad_in_a_row` out of state and metrics.
         mask: Which leaves take part in the norm; see `clip_by_rule`. The others have no say in
             whether a step is dropped.
         axis_name: Under `shard_map` or `pmap`, mapped axes over which leaves are split; see
@@ -128,7 +150,8 @@ def skip_spikes(
 
     Returns:
         A gradient transformation. `update` accepts `value=` and `grad_norm=`, scalars, and passes
-        these and all other extra arguments on. `smartclip.metrics` finds its record, `SkipMetrics`.
+        these and all other extra arguments on. `smartclip.metrics` finds its record, `SkipMetrics`,
+        and `GiveUpMetrics` with `give_up_after`.
 
     Raises:
         ValueError: If an argument is out of range; from `update`, if `value` or `grad_norm` is not
@@ -161,11 +184,16 @@ def skip_spikes(
     checks.check_number(
         "max_consecutive", max_consecutive, 1.0, 2.0**31 - 1, allowed="a number of steps, >= 1"
     )
-    checks.check_shared(warmup_steps, None, "zero")
-    if not all(callable(getattr(inner, name, None)) for name in ("init", "update")):
-        raise ValueError(
-            f"`inner` must be a gradient transformation, as optax.adamw(3e-4) is, got {inner!r}."
+    if give_up_after is not None:
+        checks.check_number(
+            "give_up_after",
+            give_up_after,
+            1.0,
+            2.0**31 - 1,
+            allowed="a number of steps, >= 1, or None",
         )
+    checks.check_shared(warmup_steps, None, "zero")
+    checks.check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
     history = ring_buffer(window)
 
@@ -184,8 +212,12 @@ def skip_spikes(
                 num_skipped=jnp.zeros((), jnp.int32),
             ),
         )
-        state = SkipState(inner_state=inner.init(params), detector=detector)
-        return vary_as(state, params, axis_name)
+        give_up = None
+        if give_up_after is not None:
+            give_up = GiveUpMetrics(
+                num_bad_in_a_row=jnp.zeros((), jnp.int32), exhausted=jnp.zeros((), bool)
+            )
+        return vary_as(_as_state(inner.init(params), detector, give_up), params, axis_name)
 
     def update_fn(
         updates: PyTree,
@@ -196,7 +228,7 @@ def skip_spikes(
         grad_norm: Any = None,
         **extra_args: Any,
     ) -> tuple[PyTree, SkipState]:
-        check_is_state(state, SkipState)
+        check_is_state(state, SkipState if give_up_after is None else GiveUpState)
         tree = updates if params is None else params
         takes_part = assign_groups("global", tree, mask=mask).takes_part
         if grad_norm is None:
@@ -249,10 +281,31 @@ def skip_spikes(
         kept = jax.tree.map(
             lambda old, new: jnp.where(skip, old, new), state.inner_state, inner_state
         )
-        next_state = SkipState(inner_state=kept, detector=next_detector)
+        give_up = None
+        if give_up_after is not None:
+            is_bad, is_judged = invalid | spike, jnp.any(given)
+            give_up = _next_give_up(state.give_up, is_bad, is_judged, give_up_after)
+        next_state = _as_state(kept, next_detector, give_up)
         return _zero_where(skip, inner_updates), vary_as_before(next_state, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _as_state(
+    inner_state: Any, detector: SpikeDetectorState, give_up: GiveUpMetrics | None
+) -> SkipState:
+    # Without `give_up_after`, the fields are those of version 0.1.0, which states are saved with.
+    if give_up is None:
+        return SkipState(inner_state=inner_state, detector=detector)
+    return GiveUpState(inner_state=inner_state, detector=detector, give_up=give_up)
+
+
+def _next_give_up(
+    previous: GiveUpMetrics, is_bad: Bool[Array, ""], is_judged: Bool[Array, ""], limit: Any
+) -> GiveUpMetrics:
+    in_a_row = jnp.where(is_bad, optax.safe_increment(previous.num_bad_in_a_row), 0)
+    num_bad = jnp.where(is_judged, in_a_row, previous.num_bad_in_a_row)
+    return GiveUpMetrics(num_bad_in_a_row=num_bad, exhausted=has_reached(num_bad, limit))
 
 
 def outlier_threshold(

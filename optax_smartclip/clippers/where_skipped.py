@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from optax_smartclip.engine.metrics import metrics
+from optax_smartclip.engine.metrics import fields_named, metrics
 from optax_smartclip.engine.trees import KeyPath, PyTree, leaves_by_name, path_name
 
 
@@ -79,8 +79,7 @@ def where_skipped(opt_state: Any, old: PyTree, new: PyTree) -> PyTree:
 
 
 def _was_skipped(opt_state: Any) -> Bool[Array, ""]:
-    records = metrics(opt_state)
-    flags = [flag for name, flag in records.items() if name.rpartition("/")[2] == "skipped"]
+    flags = fields_named(metrics(opt_state), "skipped")
     if not flags:
         raise ValueError(
             "`opt_state` must be the state of an optimizer within `skip_spikes`, as `update` "

@@ -105,7 +105,15 @@ def check_scalar(name: str, value: Any) -> Float[Array, ""]:
     return scalar.astype(jnp.float64 if scalar.dtype == jnp.float64 else jnp.float32)
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_transformation(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` has the two functions of a gradient transformation."""
+    if not all(callable(getattr(value, function, None)) for function in ("init", "update")):
+        raise ValueError(
+            f"`{name}` must be a gradient transformation, as optax.adamw(3e-4) is, got {value!r}."
+        )
+
+
+def check_choice(name: str, value: Any, choices: tuple[str | None, ...]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
         allowed = ", ".join(repr(choice) for choice in choices)

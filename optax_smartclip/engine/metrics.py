@@ -73,6 +73,34 @@ class SkipMetrics(NamedTuple):
     num_skipped: Int32[Array, ""]
 
 
+class GiveUpMetrics(NamedTuple):
+    """What `skip_spikes(..., give_up_after=n)` adds to its record. Both fields are scalars.
+
+    Attributes:
+        num_bad_in_a_row: int32, the steps with a spike or a NaN or Inf since the last one without,
+            dropped or not. Stops at 2 ** 31 - 1.
+        exhausted: bool, whether these are `give_up_after` or more.
+    """
+
+    num_bad_in_a_row: Int32[Array, ""]
+    exhausted: Bool[Array, ""]
+
+
+class LastGoodMetrics(NamedTuple):
+    """The record of `keep_last_good`. Every field is a scalar.
+
+    Attributes:
+        copy_age: int32, how many steps `restore_last_good` would undo, dropped ones not counted;
+            -1 if there is no copy yet. Stops at 2 ** 31 - 1.
+        rate_scale: float32, what updates are multiplied by: 1 until a restore cuts the rate.
+        num_restores: int32, how often a copy has been returned to. Stops at 2 ** 31 - 1.
+    """
+
+    copy_age: Int32[Array, ""]
+    rate_scale: Float32[Array, ""]
+    num_restores: Int32[Array, ""]
+
+
 class NormMetrics(NamedTuple):
     """The record of `observe_norms`, which is all of its state.
 
@@ -89,7 +117,7 @@ class NormMetrics(NamedTuple):
     norm_share: Float32[Array, " *groups"]
 
 
-RECORDS = (ClipMetrics, SkipMetrics, NormMetrics)
+RECORDS = (ClipMetrics, SkipMetrics, GiveUpMetrics, LastGoodMetrics, NormMetrics)
 
 for _record in RECORDS:
     # A name can be registered once: in a module that is loaded anew, the first class keeps it.
@@ -170,7 +198,7 @@ def increment_where(
 
 
 def metrics(opt_state: Any) -> dict[str, Array]:
-    """The last step's record of every clipper, `skip_spikes` and `observe_norms` in a state.
+    """The last step's record of every clipper, `skip_spikes` and so on in an optimizer state.
 
     A pure function of arrays: call it outside of `jit` on the state that a step returned, or
     inside and return the dictionary.
@@ -182,9 +210,9 @@ def metrics(opt_state: Any) -> dict[str, Array]:
 
     Returns:
         The fields of `ClipMetrics` by name, each of shape `[]` or `[groups]`, and those of
-        `SkipMetrics` and `NormMetrics`. If there are several clippers, each name is preceded by the
-        place of its clipper in the state, as in `"0/grad_norm"` for the first link of a chain.
-        Empty if there is no record.
+        `SkipMetrics`, `GiveUpMetrics`, `LastGoodMetrics` and `NormMetrics`. If there are several
+        clippers, each name is preceded by the place of its clipper in the state, as in
+        `"0/grad_norm"` for the first link of a chain. Empty if there is no record.
 
     Example:
         >>> import jax.numpy as jnp
@@ -207,6 +235,11 @@ def metrics(opt_state: Any) -> dict[str, Array]:
         for path, record in found.items()
         for name, value in record.items()
     }
+
+
+def fields_named(records: Mapping[str, Array], field: str) -> list[Array]:
+    """The values that `metrics` returned for one field, of every record that has it."""
+    return [value for name, value in records.items() if name.rpartition("/")[2] == field]
 
 
 def _read(node: Any) -> dict[str, Array]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from optax_smartclip.engine.metrics import NormMetrics
+from optax_smartclip.engine.metrics import GiveUpMetrics, NormMetrics
 from optax_smartclip.engine.states import select_groups
 from optax_smartclip.engine.trees import leaves_by_name
 
@@ -25,16 +25,16 @@ def is_clipper(node: Any) -> bool:
     """Whether a node is a clipper's state, or the dictionary that a checkpoint made of one.
 
     It may be inside another state, such as that of `inject_hyperparams`. The history of
-    `skip_spikes` and the record of `observe_norms` count as well; the optimizer inside
-    `skip_spikes` does not.
+    `skip_spikes`, the copies of `keep_last_good` and a record that stands alone count as well; the
+    optimizer inside either of the two does not.
     """
     fields = _fields(node)
-    if fields.keys() == set(NormMetrics._fields):
+    if any(fields.keys() == set(record._fields) for record in (NormMetrics, GiveUpMetrics)):
         return True
-    if "detector" in fields:
+    if "detector" in fields or "kept" in fields:
         return False
     wrapped = "inner_state" in fields and is_clipper(fields["inner_state"])
-    return wrapped or {"num_observed", "last"} <= fields.keys()
+    return wrapped or any({own, "last"} <= fields.keys() for own in ("num_observed", "copies"))
 
 
 def _fields(node: Any) -> Mapping[Any, Any]:

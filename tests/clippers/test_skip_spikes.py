@@ -241,6 +241,68 @@ def test_nans_between_spikes_neither_count_among_these_nor_end_the_row():
     assert dropped(stream, max_consecutive=3)[:9] == [*range(500, 508), 509]
 
 
+# Giving up.
+
+
+def bad_in_a_row(norms, losses, skipped, thresholds):
+    """The steps with a spike or a NaN or Inf since the last one without; those of neither apart."""
+    count, counts = 0, []
+    for norm, loss, dropped, limits in zip(norms, losses, skipped, thresholds, strict=True):
+        spike = norm > limits[0] or loss > limits[1]
+        count = count + 1 if dropped or spike else 0 if norm else count
+        counts.append(count)
+    return np.array(counts)
+
+
+@pytest.mark.parametrize("limit", [1, 3, 20.0])
+def test_exhausted_after_so_many_bad_steps_in_a_row_and_until_a_good_one(limit):
+    norms, losses = np.where(np.random.default_rng(4).random(STEPS) < 0.2, 0, NORMS), LOSSES
+    # A step without a gradient or a loss says nothing.
+    for streams in ([norms], [NORMS, losses]):
+        run = compiled[len(streams) == 2]
+        padded = np.float32(streams[0]), np.float32(streams[-1])
+        options = OPTIONS | {"max_consecutive": 4}
+        updates, record = run(*padded, options | {"give_up_after": limit})
+        plain_updates, plain = run(*padded, options)
+        # What is dropped does not depend on it.
+        assert_same_bits((updates, {name: record[name] for name in plain}), (plain_updates, plain))
+        assert record.keys() - plain.keys() == set(smartclip.GiveUpMetrics._fields)
+        with_losses = losses if len(streams) == 2 else np.zeros(STEPS)
+        thresholds = [record[f"skip_{kind}_threshold"] for kind in ("norm", "value")]
+        counts = bad_in_a_row(streams[0], with_losses, record["skipped"], np.stack(thresholds, 1))
+        np.testing.assert_array_equal(record["num_bad_in_a_row"], counts)
+        np.testing.assert_array_equal(record["exhausted"], counts >= limit)
+        assert {True, False} == set(np.asarray(record["exhausted"]).tolist())
+
+
+def test_a_spike_that_is_let_through_does_not_end_the_row():
+    norms = np.float32(np.r_[noise(100), 1.1 ** np.arange(300), np.ones(STEPS - 400)])
+    options = OPTIONS | {"max_consecutive": 4, "give_up_after": 30}
+    _, record = compiled[False](norms, norms, options)
+    exhausted = np.flatnonzero(record["exhausted"])
+    assert not np.all(record["skipped"][exhausted])
+    assert exhausted[0] < 200
+    assert exhausted[-1] == 399
+
+
+def test_without_it_states_are_those_of_version_0_1_0_and_graft_takes_them_over_and_back():
+    plain = smartclip.skip_spikes(optax.trace(0.9))
+    giving_up = smartclip.skip_spikes(optax.trace(0.9), give_up_after=5)
+    saved = plain.init(jnp.zeros(1))
+    assert type(saved) is smartclip.SkipState
+    for size in (1.0, 2.0, NAN):
+        _, saved = jax.jit(plain.update)(jnp.full(1, size), saved)
+    with pytest.raises(ValueError, match="`state` must be the GiveUpState that `init`"):
+        giving_up.update(jnp.zeros(1), saved)
+    state = smartclip.graft(saved, giving_up.init(jnp.zeros(1)))
+    assert_same_bits((state.inner_state, state.detector), (saved.inner_state, saved.detector))
+    for count in (1, 2):
+        _, state = jax.jit(giving_up.update)(jnp.full(1, NAN), state)
+        assert smartclip.metrics(state)["num_bad_in_a_row"] == count
+    back = smartclip.graft(state, plain.init(jnp.zeros(1)))
+    assert_same_bits((back.inner_state, back.detector), (state.inner_state, state.detector))
+
+
 # Training.
 
 SHAPES = {"b": (2,), "w": (3, 2)}
@@ -465,17 +527,22 @@ def test_the_record_stays_in_float32_where_float64_is_enabled():
 
 def test_counts_stop_at_the_largest_integer():
     largest = 2**31 - 1
-    tx = smartclip.skip_spikes(optax.identity(), window=4)
+    tx = smartclip.skip_spikes(optax.identity(), window=4, give_up_after=largest)
     grads = jnp.ones(1)
 
     def nearly(path, leaf):
         name = jax.tree_util.keystr(path[-1:], simple=True)
-        return leaf + (largest - 1) if name in ("num_observed", "num_skipped") else leaf
+        counts = ("num_observed", "num_skipped", "num_bad_in_a_row")
+        return leaf + (largest - 1) if name in counts else leaf
 
     state = jax.tree_util.tree_map_with_path(nearly, tx.init(grads))
     update = jax.jit(tx.update)
-    for size in (1.0, NAN, 1.0, NAN):
+    for size in (NAN, NAN, 1.0, NAN, 1.0):
         _, state = update(size * grads, state)
+        if size == 1:
+            assert optax.tree.get(state, "num_bad_in_a_row") == 0
+        else:
+            assert optax.tree.get(state, "num_bad_in_a_row") in (1, largest)
     assert optax.tree.get(state, "num_skipped") == largest
     np.testing.assert_array_equal(state.detector.num_observed, [largest, largest - 1])
 
@@ -509,6 +576,10 @@ NUMBERS = {
         (3, 2**24 + 1, 128.0, True, None),
     ),
     "max_consecutive": ("a number of steps, >= 1", (0, -1, 0.5, NAN, INF, 2**31, None, True)),
+    "give_up_after": (
+        "a number of steps, >= 1, or None",
+        (0, -1, 0.5, NAN, INF, 2**31, "3", True),
+    ),
     "warmup_steps": ("a number of steps, >= 0", (-1, NAN, INF, 2**31, None, False)),
     "inner": (
         "a gradient transformation, as optax.adamw(3e-4) is",

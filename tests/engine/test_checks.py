@@ -243,6 +243,7 @@ DEFAULTS = {
         "window": 128,
         "max_consecutive": 32,
         "warmup_steps": 10,
+        "give_up_after": None,
         "mask": None,
         "axis_name": None,
     },
@@ -410,7 +411,7 @@ def test_every_argument_is_a_number_or_among_those_that_cannot_be_traced():
     numbers = {
         "percentile", "zmax", "decay", "clip_factor", "record_limit", "relative_clip",
         "absolute_clip", "clipping", "eps", "sigma", "max_consecutive", "warmup_steps", "max_norm",
-        "min_scale", "b1", "b2", "weight_decay",
+        "min_scale", "b1", "b2", "weight_decay", "give_up_after",
     }  # fmt: skip
     for factory in INJECTED.values():
         assert set(inspect.signature(factory).parameters) <= numbers | NOT_TRACED.keys()
