@@ -45,7 +45,8 @@ TARGET = 0.9
 MODULES = {
     "histories": "geometric_quantile log_histogram moments ranks ring_buffer",
     "clippers": (
-        "adagc agc autoclip keep_last_good skip_spikes stable_adamw where_skipped zclip zscore_clip"
+        "adagc agc autoclip clip_micro_batches keep_last_good skip_spikes stable_adamw "
+        "where_skipped zclip zscore_clip"
     ),
     "engine": (
         "checks dtypes graft groups known_norms meshes metrics norms partitions regroup rule "

@@ -7,6 +7,7 @@ from optax_smartclip import masks
 from optax_smartclip.clippers.adagc import adagc
 from optax_smartclip.clippers.agc import agc
 from optax_smartclip.clippers.autoclip import autoclip
+from optax_smartclip.clippers.clip_micro_batches import MicroBatchState, clip_micro_batches
 from optax_smartclip.clippers.keep_last_good import (
     LastGoodState,
     keep_last_good,
@@ -29,6 +30,7 @@ from optax_smartclip.engine.metrics import (
     ClipMetrics,
     GiveUpMetrics,
     LastGoodMetrics,
+    MicroBatchMetrics,
     NormMetrics,
     SkipMetrics,
     metrics,
@@ -54,6 +56,8 @@ __all__ = [
     "GiveUpState",
     "LastGoodMetrics",
     "LastGoodState",
+    "MicroBatchMetrics",
+    "MicroBatchState",
     "NormHistory",
     "NormMetrics",
     "SkipMetrics",
@@ -67,6 +71,7 @@ __all__ = [
     "autoclip",
     "clip_by_rule",
     "clip_context",
+    "clip_micro_batches",
     "culprits",
     "geometric_quantile",
     "graft",

@@ -19,9 +19,10 @@ from jaxtyping import Array, Int32
 
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.groups import LeafMask, Scope
+from optax_smartclip.engine.measured import NormOf
 from optax_smartclip.engine.meshes import AxisName
 from optax_smartclip.engine.norms import LARGEST, Norms
-from optax_smartclip.engine.rule import NormOf, ThresholdRule, clip_by_rule
+from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
 from optax_smartclip.engine.stacks import Stacked
 from optax_smartclip.engine.states import state
 from optax_smartclip.histories.history import HistoryState, NormHistory, Percentile

@@ -41,7 +41,7 @@ def varying_axes(array: Any) -> frozenset[Any]:
     return frozenset(axes or ())
 
 
-def _is_followed(axis: str) -> bool:
+def is_followed(axis: str) -> bool:
     """Whether JAX follows which values vary along an axis: not under `check_vma=False`."""
     return axis in varying_axes(jax.lax.axis_index(axis))
 
@@ -54,7 +54,7 @@ class SumOverDevices:
 
     def __init__(self, arrays: Sequence[Array], names: tuple[str, ...]) -> None:
         varying = [varying_axes(array) for array in arrays]
-        followed = {name for name in names if _is_followed(name)}
+        followed = {name for name in names if is_followed(name)}
         self._names = tuple(
             name for name in names if name not in followed or any(name in axes for axes in varying)
         )

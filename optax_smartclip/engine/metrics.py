@@ -117,7 +117,32 @@ class NormMetrics(NamedTuple):
     norm_share: Float32[Array, " *groups"]
 
 
-RECORDS = (ClipMetrics, SkipMetrics, GiveUpMetrics, LastGoodMetrics, NormMetrics)
+class MicroBatchMetrics(NamedTuple):
+    """The record of `clip_micro_batches`: the micro-batches of the last step together.
+
+    Every field has the shape `[groups]`, or `[]` if there is one group. Every number is finite.
+
+    Attributes:
+        micro_batches_clipped: int32, how many were over the threshold.
+        micro_batches_nonfinite: int32, how many had a NaN or Inf norm.
+        micro_batch_norm: float32, the median of their norms before clipping.
+        largest_micro_batch_norm: float32, the largest of these; 3.4e38 if one is NaN or Inf.
+    """
+
+    micro_batches_clipped: Int32[Array, " *groups"]
+    micro_batches_nonfinite: Int32[Array, " *groups"]
+    micro_batch_norm: Float32[Array, " *groups"]
+    largest_micro_batch_norm: Float32[Array, " *groups"]
+
+
+RECORDS = (
+    ClipMetrics,
+    SkipMetrics,
+    GiveUpMetrics,
+    LastGoodMetrics,
+    NormMetrics,
+    MicroBatchMetrics,
+)
 
 for _record in RECORDS:
     # A name can be registered once: in a module that is loaded anew, the first class keeps it.
@@ -210,9 +235,9 @@ def metrics(opt_state: Any) -> dict[str, Array]:
 
     Returns:
         The fields of `ClipMetrics` by name, each of shape `[]` or `[groups]`, and those of
-        `SkipMetrics`, `GiveUpMetrics`, `LastGoodMetrics` and `NormMetrics`. If there are several
-        clippers, each name is preceded by the place of its clipper in the state, as in
-        `"0/grad_norm"` for the first link of a chain. Empty if there is no record.
+        `SkipMetrics`, `GiveUpMetrics`, `LastGoodMetrics`, `NormMetrics` and `MicroBatchMetrics`. If
+        there are several clippers, each name is preceded by the place of its clipper in the state,
+        as in `"0/grad_norm"` for the first link of a chain. Empty if there is no record.
 
     Example:
         >>> import jax.numpy as jnp

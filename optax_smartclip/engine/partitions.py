@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from optax_smartclip.engine.meshes import replicate
 
@@ -93,6 +93,11 @@ class Stack(NamedTuple):
         places = [self.axes.index(axis) for axis in sorted(self.axes)]
         return jnp.expand_dims(jnp.transpose(values.reshape(self.sizes), places), self.within)
 
+    def within_parts(self, shape: tuple[int, ...], axis: int) -> "Stack":
+        """That of an array of this shape, which holds parts along an axis: each is sliced so."""
+        axis %= len(shape)
+        return Stack((axis, *(each + (each >= axis) for each in self.axes)), shape)
+
 
 WHOLE = Stack()
 
@@ -144,6 +149,24 @@ class Leaves(Partition):
             return jnp.concatenate([piece for piece in pieces if piece.size] or pieces)
 
         return [add(numbers) for numbers in zip(*sums, strict=True)] or [add(())]
+
+    def within_parts(self, shapes: list[tuple[int, ...]], axis: int) -> "Leaves":
+        """The groups of every part, of arrays of these shapes that hold parts along an axis.
+
+        `by_part` has their values by part and group.
+        """
+        parts = shapes[0][axis] if shapes else 1
+        pairs = zip(self.stacks, shapes, strict=True)
+        stacks = tuple(stack.within_parts(shape, axis) for stack, shape in pairs)
+        return Leaves(tuple(parts * first for first in self.group), parts * self.num_groups, stacks)
+
+    def by_part(self, parts: int) -> Int32[np.ndarray, "parts groups"]:
+        """Where `within_parts` has the value of a group in a part."""
+        places = np.add.outer(np.arange(parts), parts * np.arange(self.num_groups))
+        for first, size in self._runs():
+            of_run = parts * first + np.arange(parts * size).reshape(parts, size)
+            places[:, first : first + size] = of_run
+        return places.astype(np.int32)
 
     def spread(self, values: Float[Array, " groups"]) -> list[Float[Array, "..."]]:
         """Returns a scalar for each whole array, and a value for each slice of the others."""

@@ -11,15 +11,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from optax_smartclip.engine import checks
-from optax_smartclip.engine.dtypes import is_inexact
 from optax_smartclip.engine.groups import Groups, LeafMask, Scope, assign_groups, check_scope
+from optax_smartclip.engine.measured import NormOf, check_norm_of, measured_arrays
 from optax_smartclip.engine.meshes import AxisName, vary_as, vary_as_before
 from optax_smartclip.engine.metrics import increment_where, next_metrics
 from optax_smartclip.engine.norms import Norms, group_norms, has_gradient, learnable
+from optax_smartclip.engine.partitions import Leaves
 from optax_smartclip.engine.scaling import keep_share, limit_threshold, scale_arrays, signed_scale
 from optax_smartclip.engine.stacks import Stacked, check_stacked
 from optax_smartclip.engine.states import (
@@ -29,20 +31,9 @@ from optax_smartclip.engine.states import (
     leaf_names,
     select_groups,
 )
-from optax_smartclip.engine.trees import (
-    KeyPath,
-    PyTree,
-    clippable_leaves,
-    flatten,
-    path_name,
-    replace_leaves,
-)
+from optax_smartclip.engine.trees import KeyPath, PyTree, clippable_leaves, replace_leaves
 
 RuleState = Any
-
-# What norms are taken of, from the gradient and the parameters; None for the gradient itself. Any,
-# because what is wrong is refused with a message.
-NormOf = Callable[[PyTree, PyTree], PyTree] | Any
 
 
 class ThresholdRule(NamedTuple):
@@ -65,6 +56,33 @@ class ThresholdRule(NamedTuple):
     record: Callable[[RuleState, Norms, Norms], RuleState]
 
 
+class ClipSteps(NamedTuple):
+    """What a clipper's `update` does, in three steps, for several gradients with one state.
+
+    The gradients are parts of a batch, along an axis of each leaf; where the axis is None, there is
+    one part and no axis of it.
+
+    Attributes:
+        measure: Parts, parameters or None, axis -> norms, [parts, groups].
+        judge: State, norms of one part -> the next state, and the signed scale of each group.
+        scale: Parts, parameters or None, axis, signed scales, [parts, groups] -> clipped parts.
+    """
+
+    measure: Callable[[PyTree, PyTree | None, int | None], Float[Array, "parts groups"]]
+    judge: Callable[[Any, Norms], tuple[ClipState, Norms]]
+    scale: Callable[[PyTree, PyTree | None, int | None, Float[Array, "parts groups"]], PyTree]
+
+
+class Clipper(optax.GradientTransformationExtraArgs):  # type: ignore[misc]
+    """A clipper with a history, the steps of which can be taken one by one.
+
+    Attributes:
+        steps: Those of `update`.
+    """
+
+    steps: ClipSteps
+
+
 def clip_by_rule(
     rule: ThresholdRule,
     *,
@@ -77,7 +95,7 @@ def clip_by_rule(
     nonfinite: str = "zero",
     min_scale: Any = None,
     axis_name: AxisName = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Clipper:
     """Clips the norm of each group of leaves to the threshold that a rule has learnt.
 
     Each update computes the norm of each group, asks the rule for thresholds, multiplies each
@@ -159,7 +177,7 @@ def clip_by_rule(
     """
     check_scope(scope)
     check_stacked(stacked, scope)
-    _check_norm_of(norm_of)
+    check_norm_of(norm_of)
     checks.check_shared(warmup_steps, max_norm, nonfinite, min_scale)
 
     def groups_of(tree: PyTree) -> Groups:
@@ -183,6 +201,39 @@ def clip_by_rule(
         strong = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), rule_state)
         return vary_as(init_state(strong, num_groups), params, axis_name)
 
+    def read(updates: PyTree, params: PyTree | None) -> _Gradient:
+        groups = groups_of(updates if params is None else params)
+        leaves = clippable_leaves(updates, groups.takes_part)
+        return _Gradient(leaves, groups.partition(leaves))
+
+    def judge(state: Any, norms: Norms) -> tuple[ClipState, Norms]:
+        check_fits(state, len(norms), rule_fields)
+        live = has_gradient(norms)
+        shown = jnp.where(live, learnable(norms), 0.0)
+        thresholds = rule.threshold(state.rule, shown)
+        if jnp.shape(thresholds) != norms.shape:
+            raise ValueError(
+                "`rule.threshold` must return one threshold for each of the "
+                f"{len(norms)} groups, got the shape {jnp.shape(thresholds)}."
+            )
+        limits = limit_threshold(
+            thresholds, state.num_observed, warmup_steps, max_norm, norms.dtype
+        )
+        limits = keep_share(limits, norms, min_scale)
+        scales = signed_scale(norms, limits)
+        recorded = rule.record(state.rule, shown, thresholds)
+        next_state = ClipState(
+            rule=select_groups(live, recorded, state.rule),
+            num_observed=increment_where(live, state.num_observed),
+            last=next_metrics(state.last, norms, limits, scales, nonfinite),
+        )
+        return vary_as_before(next_state, state), scales
+
+    def scale(updates: PyTree, gradient: _Gradient, scales: Norms) -> PyTree:
+        arrays = list(gradient.leaves.values())
+        clipped = scale_arrays(arrays, gradient.partition, scales, nonfinite)
+        return replace_leaves(updates, dict(zip(gradient.leaves, clipped, strict=True)))
+
     def update_fn(
         updates: PyTree,
         state: Any,
@@ -192,71 +243,66 @@ def clip_by_rule(
         **extra_args: Any,
     ) -> tuple[PyTree, ClipState]:
         del extra_args
-        groups = groups_of(updates if params is None else params)
-        check_fits(state, groups.num_groups, rule_fields)
-        leaves = clippable_leaves(updates, groups.takes_part)
-        arrays = list(leaves.values())
-        partition = groups.partition(leaves)
+        gradient = read(updates, params)
         if grad_norm is None:
-            measured = _measured_arrays(norm_of, updates, params, leaves)
-            norms = group_norms(measured, partition, axis_name=axis_name)
+            measured = measured_arrays(norm_of, updates, params, gradient.leaves)
+            norms = group_norms(measured, gradient.partition, axis_name=axis_name)
         else:
             norms = _given_norm(grad_norm, scope, norm_of)
+        next_state, scales = judge(state, norms)
+        return scale(updates, gradient, scales), next_state
 
-        live = has_gradient(norms)
-        shown = jnp.where(live, learnable(norms), 0.0)
-        thresholds = rule.threshold(state.rule, shown)
-        if jnp.shape(thresholds) != norms.shape:
-            raise ValueError(
-                "`rule.threshold` must return one threshold for each of the "
-                f"{groups.num_groups} groups, got the shape {jnp.shape(thresholds)}."
-            )
-        limits = limit_threshold(
-            thresholds, state.num_observed, warmup_steps, max_norm, norms.dtype
-        )
-        limits = keep_share(limits, norms, min_scale)
-        scales = signed_scale(norms, limits)
-        clipped = scale_arrays(arrays, partition, scales, nonfinite)
-        recorded = rule.record(state.rule, shown, thresholds)
-        next_state = ClipState(
-            rule=select_groups(live, recorded, state.rule),
-            num_observed=increment_where(live, state.num_observed),
-            last=next_metrics(state.last, norms, limits, scales, nonfinite),
-        )
-        clipped_updates = replace_leaves(updates, dict(zip(leaves, clipped, strict=True)))
-        return clipped_updates, vary_as_before(next_state, state)
+    def measure_parts(
+        updates: PyTree, params: PyTree | None, axis: int | None
+    ) -> Float[Array, "parts groups"]:
+        parts, places = read_parts(updates, params, axis)
+        of_parts = norm_of
+        if norm_of is not None and axis is not None:
+            of_parts = jax.vmap(norm_of, (axis, None), axis)
+        measured = measured_arrays(of_parts, updates, params, parts.leaves)
+        norms: Norms = group_norms(measured, parts.partition, axis_name=axis_name)
+        return norms[places]
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    def scale_parts(
+        updates: PyTree,
+        params: PyTree | None,
+        axis: int | None,
+        scales: Float[Array, "parts groups"],
+    ) -> PyTree:
+        parts, places = read_parts(updates, params, axis)
+        return scale(updates, parts, scales.reshape(-1)[np.argsort(places, axis=None)])
+
+    def read_parts(
+        updates: PyTree, params: PyTree | None, axis: int | None
+    ) -> tuple[_Gradient, Int32[np.ndarray, "parts groups"]]:
+        if axis is None:
+            gradient = read(updates, params)
+            return gradient, gradient.partition.by_part(1)
+        leaves, of_one = read(updates, one_part(updates, axis) if params is None else params)
+        shapes = [leaf.shape for leaf in leaves.values()]
+        parts = shapes[0][axis] if shapes else 1
+        return _Gradient(leaves, of_one.within_parts(shapes, axis)), of_one.by_part(parts)
+
+    clipper = Clipper(init_fn, update_fn)
+    clipper.steps = ClipSteps(measure_parts, judge, scale_parts)
+    return clipper
 
 
-def _check_norm_of(norm_of: Any) -> None:
-    if norm_of is not None and not callable(norm_of):
-        raise ValueError(
-            "`norm_of` must be a function of the gradient and the parameters, or None, "
-            f"got {norm_of!r}.{checks.static_hint(norm_of)}"
-        )
+def one_part(updates: PyTree, axis: int) -> PyTree:
+    """The shapes of one of the parts along an axis."""
+
+    def part(leaf: Any) -> Any:
+        shape = tuple(np.delete(np.shape(leaf), axis).tolist())
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    return jax.tree.map(part, updates)
 
 
-def _measured_arrays(
-    norm_of: NormOf, updates: PyTree, params: PyTree | None, leaves: dict[KeyPath, Array]
-) -> list[Array]:
-    """What norms are taken of: an array for each of the leaves."""
-    if norm_of is None:
-        return list(leaves.values())
-    if params is None:
-        raise ValueError(
-            "`params` must be passed to `update`, because `norm_of` is a function of them."
-        )
-    measured = flatten(norm_of(updates, params))
-    for path, leaf in leaves.items():
-        found: Any = measured.get(path)
-        if not is_inexact(found) or jnp.shape(found) != leaf.shape:
-            kind = "nothing" if found is None else f"{jnp.result_type(found)}{jnp.shape(found)}"
-            raise ValueError(
-                "`norm_of` must return a tree of floats with the structure and shapes of the "
-                f"gradient, whose leaf {path_name(path)!r} has the shape {leaf.shape}, got {kind}."
-            )
-    return [jnp.asarray(measured[path]) for path in leaves]
+class _Gradient(NamedTuple):
+    """The leaves that take part, and how their elements fall into groups."""
+
+    leaves: dict[KeyPath, Array]
+    partition: Leaves
 
 
 def _given_norm(grad_norm: Any, scope: Scope, norm_of: NormOf) -> Float[Array, "1"]:
