@@ -9,7 +9,7 @@ ACCELERATORS := .venv-accelerators
 WORKERS ?= 2
 
 .DEFAULT_GOAL := test
-.PHONY: help test coverage test-long test-lowest test-deprecations demo spikes lint format wheel bench accelerators memory memory-accelerators soak study study-rules rules placements mutation docs links colabs clean
+.PHONY: help test coverage test-long test-lowest test-deprecations demo spikes lint format wheel bench accelerators memory memory-accelerators soak study study-rules study-updates rules placements micro-batches mutation docs links colabs clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,12 @@ study: $(VENV)/study ## Train all clippers on sixteen tasks: hours; ARGS="--task
 
 study-rules: $(VENV)/study ## Train candidates for the rule of autoclip() on half of the study.
 	PYTHONPATH=benchmarks:examples $(BIN)/python -m study.rules $(ARGS)
+
+study-updates: $(VENV)/study ## Train clippers of the update, StableAdamW and spectral clipping on the transformers.
+	PYTHONPATH=benchmarks:examples $(BIN)/python -m study.updates $(ARGS)
+
+micro-batches: $(VENV)/test ## Clip examples, micro-batches or the batch where examples are damaged.
+	$(BIN)/python benchmarks/micro_batches.py $(ARGS)
 
 docs: $(VENV)/docs ## Build the site; warnings are errors.
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html

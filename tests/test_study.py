@@ -10,8 +10,8 @@ import optax
 import pytest
 from documents import ROOT
 from study import __main__ as study
-from study import rules
-from study.arms import ARMS, AUTO, NONE, SKIP_SPIKES, Arm, fixed
+from study import rules, spectral, updates
+from study.arms import ARMS, AUTO, NONE, SKIP_SPIKES, Arm, fixed, last_scale
 from study.measures import best_at_budget, best_of, diverged, interval, lost_progress, sensitivity
 from study.pictures import of_arms
 from study.promise import judge
@@ -149,6 +149,129 @@ def test_arms_report_how_much_they_scale():
     assert np.any(dropped.scales == 0)
 
 
+# The last gradient is ten times those before it, of which the second moment is 1.
+GROWING = (1.0, 1.0, 10.0)
+RATES = np.array([0.1, 0.4, 0.7])
+SECOND_MOMENT = (0.1 * 10.0**2 + 0.9 * (1 - 0.9**2)) / (1 - 0.9**3)
+# With b1 = 0, Adam's steps.
+STEPS = -np.array([1.0, 1.0, 10.0 / np.sqrt(SECOND_MOMENT)])
+
+
+def updates_of(arm, optimizer, decay=0.0):
+    """Those of weights of 1 and the growing gradients, and the scale of the last one."""
+
+    def make(schedule):
+        return optimizer(schedule, b1=0.0, b2=0.9, eps=1e-8, weight_decay=decay)
+
+    tx = arm.around(make, lambda count: jnp.asarray(RATES, jnp.float32)[count])
+    params = {"w": jnp.ones(4)}
+
+    def step(state, grad):
+        updates, state = tx.update({"w": jnp.full(4, grad)}, state, params)
+        return state, (updates["w"][0], last_scale(state))
+
+    grads = jnp.asarray(GROWING)
+    updates, scales = jax.lax.scan(step, tx.init(params), grads)[1]
+    return updates, scales[-1]
+
+
+def test_an_arm_clips_the_step_before_the_rate_or_the_update_after_it():
+    none = optax.identity()
+    # The norm is twice the size of one of four.
+    limited = optax.clip_by_global_norm(2 * 0.5)
+    found, scale = updates_of(Arm(none, after_step=limited), optax.adamw)
+    np.testing.assert_allclose(found, -0.5 * RATES, rtol=FLOAT32)
+    assert scale == pytest.approx(0.5 / -STEPS[-1], rel=FLOAT32)
+    found, scale = updates_of(Arm(none, after_rate=limited), optax.adamw)
+    np.testing.assert_allclose(found, np.maximum(STEPS * RATES, -0.5), rtol=FLOAT32)
+    assert scale == pytest.approx(0.5 / -(STEPS * RATES)[-1], rel=FLOAT32)
+
+
+def test_a_stable_arm_divides_the_step_and_its_decay_by_the_rms():
+    arm = updates.UPDATE_ARMS[updates.STABLE]
+    found, scale = updates_of(arm, smartclip.stable_adamw, decay=0.1)
+    np.testing.assert_allclose(found, RATES * (STEPS - 0.1) / -STEPS, rtol=FLOAT32)
+    assert scale == pytest.approx(-1 / STEPS[-1], rel=FLOAT32)
+
+
+def test_the_optimizers_of_the_transformers_have_the_same_numbers():
+    task = TASKS["lm-b2-0.999"]()
+    params = {"w": jnp.array([3.0, -2.0])}
+
+    def steps(optimizer):
+        tx = optimizer(optax.constant_schedule(1.0))
+
+        def step(state, grad):
+            updates, state = tx.update({"w": jnp.full(2, grad)}, state, params)
+            return state, updates["w"]
+
+        # Where no gradient grows, StableAdamW divides nothing.
+        return jax.lax.scan(step, tx.init(params), jnp.array([1.0, 0.5, 0.1]))[1]
+
+    np.testing.assert_allclose(steps(task.stable), steps(task.optimizer), rtol=FLOAT32)
+
+
+def cut_in_float64(matrix, limit):
+    """By its singular values."""
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    return left * (values / np.sqrt(1 + (values / limit) ** 2)) @ right
+
+
+def test_the_soft_cut_is_that_of_singular_values():
+    wide = np.random.default_rng(0).normal(size=(4, 7))
+    grads = {"bias": jnp.ones(3), "tall": jnp.float32(wide.T), "wide": jnp.float32(wide)}
+
+    @jax.jit
+    def cut(limit):
+        tx = spectral.spectral_clip(limit)
+        return tx.update(grads, tx.init(grads))[0]
+
+    with jax.enable_x64(True):
+        soft_cut = jax.jit(spectral.soft_cut)
+        for limit in (0.3, 2.0, 1e6):
+            np.testing.assert_allclose(soft_cut(wide, limit), cut_in_float64(wide, limit), 1e-9)
+    for limit in (0.3, 2.0, 1e6):
+        expected, found = cut_in_float64(wide, limit), cut(limit)
+        np.testing.assert_allclose(found["wide"], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found["tall"], expected.T, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(found["bias"], 1.0)
+
+
+def test_a_learnt_limit_is_a_multiple_of_the_median_of_the_largest_singular_values():
+    rng = np.random.default_rng(0)
+    # Matrices that share their first singular vectors: power iteration has converged after some.
+    left, _, right = np.linalg.svd(rng.normal(size=(4, 6)), full_matrices=False)
+    sizes = rng.lognormal(size=60)
+    matrices = [size * (left * [1.0, 0.3, 0.2, 0.1]) @ right for size in sizes]
+    tx = spectral.spectral_clip(factor=0.5)
+    state, update = tx.init({"w": jnp.zeros((4, 6))}), jax.jit(tx.update)
+    first, state = update({"w": jnp.float32(matrices[0])}, state)
+    np.testing.assert_allclose(first["w"], matrices[0], rtol=FLOAT32, atol=1e-6)
+    for matrix in matrices[1:-1]:
+        _, state = update({"w": jnp.float32(matrix)}, state)
+    last, _ = update({"w": jnp.float32(matrices[-1])}, state)
+    expected = cut_in_float64(matrices[-1], 0.5 * np.median(sizes[:-1]))
+    np.testing.assert_allclose(last["w"], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_gains_are_paired_over_seeds_in_units_of_the_best_progress():
+    seeds = 0.1 * np.arange(3)
+    runs = {(NONE, ARM): outcome(5.0, [2.0 + seeds, 1.4 + seeds])}
+    runs[AUTO, ARM] = outcome(5.0, [2.0 + seeds, 1.2 + seeds])
+    runs["arm", ARM] = outcome(5.0, [1.0 + seeds - 0.1, 2.2 + seeds - 0.1])
+    table = study.Table((0.1, 1.0), (0, 1, 2), runs)
+    # Best progress: 5 - 1. None less the arm: 1.1 and -0.7; autoclip() less the arm: 1.1, -0.9.
+    found = updates.gain(table, "arm")
+    expected = 100 * np.array([0.2, 0.1, 0.5]) / 4.0
+    np.testing.assert_allclose([each.mean for each in found[:3]], expected, rtol=1e-9)
+    np.testing.assert_allclose([each.half for each in found[:3]], 0.0, atol=1e-9)
+    assert found.over_control is None
+    runs["arm", CONTROL] = outcome(5.0, [1.3 + seeds, 2.1 + seeds])
+    found = updates.gain(table, "arm")
+    assert found.over_control.mean == pytest.approx(100 * 0.2 / 4)
+    assert found.at_best.mean == pytest.approx(100 * 0.4 / 4)
+
+
 def test_a_run_that_is_not_finite_ends_with_nan():
     task = small_task()._replace(rates=(1e30,))
     runs = train(task, ARMS[NONE], [0], np.ones((1, 1)))
@@ -178,8 +301,8 @@ def test_an_arm_without_all_of_its_runs_is_an_error(tmp_path):
 
 def test_a_study_goes_on_where_it_stopped(tmp_path, capsys):
     path = tmp_path / "task.csv"
-    arms = (NONE, fixed(1.0))
-    study.run_task("task", small_task(), arms[:1], range(2), path)
+    arms = {arm: ARMS[arm] for arm in (NONE, fixed(1.0))}
+    study.run_task("task", small_task(), {NONE: ARMS[NONE]}, range(2), path)
     first = path.read_text()
     table = study.run_task("task", small_task(), arms, range(2), path)
     assert path.read_text().startswith(first)
@@ -291,6 +414,28 @@ def test_the_page_quotes_the_stored_results():
         found = f"{100 * kept:.0f}", f"{lost:.1f}", f"{100 * share:.1f}", f"{at_best:.1f}"
         expected[arm] = found
     assert {arm: tuple(quoted) for arm, *quoted in rows} == expected
+
+
+@pytest.mark.parametrize("name", updates.UPDATE_TASKS)
+def test_the_page_quotes_the_gains_of_the_stored_results(name):
+    page = (ROOT / "docs" / "choosing.md").read_text()
+    section = page.partition("## Clipping the update")[2].partition("\n## ")[0]
+    of_task = section.partition(f"{name}` |")[2].partition("\n\n")[0]
+    quoted = dict(re.findall(r"^\| `(.+?)` \| (.+) \|$", of_task, re.MULTILINE))
+    table = load(study.STORED / "updates" / f"{name}.csv")
+    expected = {}
+    for arm in set(of_arms(table)) - {NONE}:
+        found = updates.gain(table, arm)
+        cells = [f"{each.mean:+.2f} +- {each.half:.2f} %" if each else "-" for each in found]
+        expected[arm] = " | ".join(cells)
+    assert quoted == expected
+
+
+def test_the_page_of_stable_adamw_quotes_the_stored_results():
+    page = (ROOT / "docs" / "algorithms" / "stable_adamw.md").read_text()
+    found = updates.gain(load(study.STORED / "updates" / "lm-b2-0.999.csv"), updates.STABLE)
+    for each in (found.over_none, found.at_best):
+        assert f"{each.mean:+.2f} +- {each.half:.2f} %" in page
 
 
 def test_only_the_named_seeds_are_judged():

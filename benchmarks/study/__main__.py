@@ -28,6 +28,7 @@ What would refute the claims of the literature, stated before the study was run:
 """
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,7 +39,7 @@ import numpy as np
 import optax
 from machine import describe_machine
 from study import pictures
-from study.arms import ARMS, AUTO, FIXED_NORMS, NONE, fixed
+from study.arms import ARMS, AUTO, FIXED_NORMS, NONE, Arm, fixed
 from study.measures import (
     best_at_budget,
     best_progress,
@@ -64,24 +65,25 @@ QUICK_SEEDS = 4
 QUICK_STRIDE = 3
 
 
-def run_task(name: str, task: Task, arms: Sequence[str], seeds: Sequence[int], path: Path) -> Table:
-    """Trains what the file lacks, arm by arm."""
+def run_task(
+    name: str, task: Task, arms: Mapping[str, Arm], seeds: Sequence[int], path: Path
+) -> Table:
+    """Trains what the file lacks: the arms, one by one, and then their controls."""
     machine = describe_machine(jax, optax)
-    for arm in arms:
-        for kind in (ARM, CONTROL):
-            done = load(path)
-            # Without clipping, an arm is its own control.
-            if (arm, kind) in done.outcomes or (kind == CONTROL and arm == NONE):
-                continue
-            if kind == CONTROL:
-                clipper, factors = ARMS[NONE], done.outcomes[arm, ARM].scale
-            else:
-                clipper, factors = ARMS[arm], np.ones((len(task.rates), len(seeds)))
-            start = time.perf_counter()
-            outcome = summarize(train(task, clipper, seeds, factors))
-            append(path, machine, (arm, kind), task.rates, seeds, outcome)
-            seconds = time.perf_counter() - start
-            print(f"{name}: {arm}, {kind}, after {seconds:.0f} s", flush=True)
+    for kind, arm in itertools.product((ARM, CONTROL), arms):
+        done = load(path)
+        # Without clipping, an arm is its own control.
+        if (arm, kind) in done.outcomes or (kind == CONTROL and arm == NONE):
+            continue
+        if kind == CONTROL:
+            trained, factors = ARMS[NONE], done.outcomes[arm, ARM].scale
+        else:
+            trained, factors = arms[arm], np.ones((len(task.rates), len(seeds)))
+        start = time.perf_counter()
+        outcome = summarize(train(task, trained, seeds, factors))
+        append(path, machine, (arm, kind), task.rates, seeds, outcome)
+        seconds = time.perf_counter() - start
+        print(f"{name}: {arm}, {kind}, after {seconds:.0f} s", flush=True)
     return load(path)
 
 
@@ -117,7 +119,7 @@ def print_table(task: Task, table: Table) -> None:
 
 def print_row(name: str, cells: Iterable[object]) -> None:
     """A line of a table."""
-    print(f"{name:36}" + "".join(f"{cell!s:19}" for cell in cells).rstrip())
+    print(f"{name:38}" + "".join(f"{cell!s:19}" for cell in cells).rstrip())
 
 
 def over_control(table: Table, arm: str) -> str:
@@ -170,12 +172,13 @@ def main(args: Sequence[str] | None = None) -> int:
     options = parser.parse_args(args)
 
     tasks = {name: TASKS[name]() for name in options.task}
-    arms, seeds = options.arm, range(options.seeds)
+    names, seeds = options.arm, range(options.seeds)
     if options.quick:
-        arms, seeds = QUICK_ARMS, range(QUICK_SEEDS)
+        names, seeds = QUICK_ARMS, range(QUICK_SEEDS)
         tasks = {
             name: task._replace(rates=task.rates[::QUICK_STRIDE]) for name, task in tasks.items()
         }
+    arms = {arm: ARMS[arm] for arm in names}
     tables, wrong = {}, []
     for name, task in tasks.items():
         tables[name] = run_task(name, task, arms, seeds, options.out / f"{name}.csv")

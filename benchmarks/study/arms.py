@@ -1,9 +1,10 @@
 """The arms of the study: what stands between the gradient and the optimizer.
 
 An arm is a clipper, and whether a step may be dropped as well. `fixed(norm)` are the settings of
-one arm, `clip_by_global_norm`, that has to be tuned.
+one arm, `clip_by_global_norm`, that has to be tuned. Those that clip the update are in `updates`.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,24 +14,45 @@ from jaxtyping import Array, Float32
 import optax_smartclip as smartclip
 
 PyTree = Any
+Optimizer = Callable[[optax.Schedule], optax.GradientTransformation]
 
 
 class Arm(NamedTuple):
-    """A clipper before the optimizer, and whether `skip_spikes` stands around both."""
+    """What stands around the optimizer.
+
+    Attributes:
+        clipper: Before the optimizer.
+        skips: Whether `skip_spikes` stands around both.
+        after_step: After the optimizer, before the learning rate multiplies its step.
+        after_rate: After the optimizer and its learning rate.
+        stable: Whether StableAdamW takes the place of AdamW.
+    """
 
     clipper: optax.GradientTransformation
     skips: bool = False
+    after_step: optax.GradientTransformation | None = None
+    after_rate: optax.GradientTransformation | None = None
+    stable: bool = False
 
     def around(
-        self, optimizer: optax.GradientTransformation
+        self, optimizer: Optimizer, schedule: optax.Schedule
     ) -> optax.GradientTransformationExtraArgs:
-        """The transformation that trains."""
-        tx = optax.chain(with_scale(self.clipper), optimizer)
+        """The transformation that trains. It records the scale of the last of the clippers."""
+        if self.after_step is not None:
+            unit_rate = optimizer(lambda count: jnp.ones_like(count, jnp.float32))
+            rate = optax.scale_by_schedule(schedule)
+            tx = optax.chain(self.clipper, unit_rate, with_scale(self.after_step), rate)
+        elif self.after_rate is not None:
+            tx = optax.chain(self.clipper, optimizer(schedule), with_scale(self.after_rate))
+        elif self.stable:
+            tx = optax.chain(self.clipper, with_recorded_scale(optimizer(schedule)))
+        else:
+            tx = optax.chain(with_scale(self.clipper), optimizer(schedule))
         return optax.with_extra_args_support(smartclip.skip_spikes(tx) if self.skips else tx)
 
 
 class ScaleState(NamedTuple):
-    """What a clipper keeps, and by which factor it scaled the norm of the last gradient."""
+    """What a clipper keeps, and by which factor it scaled the last norm."""
 
     clipper: Any
     norm_scale: Float32[Array, ""]
@@ -55,6 +77,24 @@ def with_scale(clipper: optax.GradientTransformation) -> optax.GradientTransform
         # Of a gradient that is not finite, nothing is left, or all.
         scale = jnp.where(jnp.isfinite(scale), scale, jnp.float32(after > 0))
         return clipped, ScaleState(inner, jnp.float32(scale))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def with_recorded_scale(
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that scales its own step, and the mean over tensors of those scales."""
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def init_fn(params: PyTree) -> ScaleState:
+        return ScaleState(optimizer.init(params), jnp.ones((), jnp.float32))
+
+    def update_fn(
+        updates: PyTree, state: ScaleState, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, ScaleState]:
+        updates, inner = optimizer.update(updates, state.clipper, params, **extra_args)
+        return updates, ScaleState(inner, jnp.mean(smartclip.metrics(inner)["clip_scale"]))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

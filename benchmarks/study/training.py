@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Key, Num
-from study.arms import Arm, last_scale
+from study.arms import Arm, Optimizer, last_scale
 
 PyTree = Any
-Optimizer = Callable[[optax.Schedule], optax.GradientTransformation]
 # A figure for each run of an arm.
 Figures = Float[np.ndarray, "rates seeds"]
 
@@ -41,6 +40,7 @@ class Task(NamedTuple):
         loss: Parameters, batch -> what is differentiated.
         held_out: Parameters -> the loss that is reported. The lower the better.
         damage: Key, gradient -> gradient, if some arrive damaged.
+        stable: From a schedule, StableAdamW with the numbers of `optimizer`, if that is AdamW.
     """
 
     title: str
@@ -53,6 +53,7 @@ class Task(NamedTuple):
     loss: Callable[[PyTree, PyTree], Float[Array, ""]]
     held_out: Callable[[PyTree], Float[Array, ""]]
     damage: Callable[[Key[Array, ""], PyTree], PyTree] = as_it_is
+    stable: Optimizer | None = None
 
 
 class Runs(NamedTuple):
@@ -87,7 +88,8 @@ def _program(task: Task, arm: Arm) -> Callable[..., tuple[Array, ...]]:
     def run(seed, rate):
         key = jax.random.key(seed)
         params = task.init(jax.random.fold_in(key, task.steps))
-        tx = arm.around(task.optimizer(lambda count: rate * shape(count)))
+        optimizer = task.stable if arm.stable else task.optimizer
+        tx = arm.around(optimizer, lambda count: rate * shape(count))
 
         def step(carry, number):
             params, state = carry

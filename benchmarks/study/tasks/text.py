@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, Int, Key
 from study.tasks.layers import cross_entropy, dense, dense_init, normalize
 from study.training import Optimizer, Task
 
+import optax_smartclip as smartclip
+
 PyTree = Any
 
 CONTEXT = 32
@@ -100,6 +102,7 @@ def language_model(title: str, b2: float, dtype: Any = jnp.float32) -> Task:
     flat = corpus.held_out.reshape(-1)
     held_out = jnp.asarray(flat[: len(flat) // (CONTEXT + 1) * (CONTEXT + 1)])
     held_out = held_out.reshape(-1, CONTEXT + 1)[::4]
+    numbers = {"b1": 0.9, "b2": b2, "eps": 1e-8, "weight_decay": 1e-2}
 
     def loss(params: PyTree, windows: Int[Array, "batch characters"]) -> Float[Array, ""]:
         low = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
@@ -111,9 +114,10 @@ def language_model(title: str, b2: float, dtype: Any = jnp.float32) -> Task:
         unit="bits/char",
         steps=400,
         rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
-        optimizer=lambda schedule: optax.adamw(schedule, b2=b2, weight_decay=1e-2),
+        optimizer=lambda schedule: optax.adamw(schedule, **numbers),
         init=lambda key: transformer_init(key, corpus.num_characters),
         batch=lambda key: draw_windows(text, key, BATCH, CONTEXT),
         loss=loss,
         held_out=lambda params: loss(params, held_out),
+        stable=lambda schedule: smartclip.stable_adamw(schedule, **numbers),
     )
