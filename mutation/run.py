@@ -45,20 +45,22 @@ TARGET = 0.9
 MODULES = {
     "histories": "geometric_quantile log_histogram moments ranks ring_buffer",
     "clippers": (
-        "adagc agc autoclip clip_micro_batches keep_last_good skip_spikes stable_adamw "
-        "where_skipped zclip zscore_clip"
+        "adagc agc autoclip clip_micro_batches keep_last_good observe_norms skip_spikes "
+        "stable_adamw where_skipped zclip zscore_clip"
     ),
     "engine": (
-        "checks dtypes graft groups known_norms meshes metrics norms partitions regroup rule "
-        "scaling stacks states trees units"
+        "checks culprits dtypes groups known_norms learning meshes metrics norm_of norms partitions "
+        "rule scaling stacks states trees units"
     ),
+    "checkpoints": "graft regroup",
 }
 PATHS = {name: f"{folder}/{name}.py" for folder in MODULES for name in MODULES[folder].split()}
 OTHER_TESTS = {
     "dtypes": ["engine/test_norms.py", "engine/test_scaling.py"],
     "known_norms": ["clippers/test_skip_spikes.py"],
+    "learning": ["engine/test_rule.py", "clippers/test_skip_spikes.py"],
     "meshes": ["integration/test_shard_map.py"],
-    "regroup": ["engine/test_graft.py"],
+    "regroup": ["checkpoints/test_graft.py"],
     "stacks": ["test_stacked.py"],
     "trees": ["engine/test_groups.py", "engine/test_rule.py"],
     "units": ["engine/test_units.py", "clippers/test_agc.py"],
@@ -70,7 +72,8 @@ def tests_of(path: str) -> list[str]:
     folder, name = path.removesuffix(".py").split("/")
     own = OTHER_TESTS.get(name, [f"{folder}/test_{name}.py"])
     # Defaults and the ranges of arguments are checked for all factories in one place.
-    shared = [] if folder == "engine" and name != "rule" else ["engine/test_checks.py"]
+    has_arguments = folder in ("clippers", "histories") or name == "rule"
+    shared = ["engine/test_checks.py"] if has_arguments else []
     return [f"tests/{file}" for file in [*own, *shared]]
 
 

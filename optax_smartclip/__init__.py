@@ -4,17 +4,29 @@ tx = optax.chain(smartclip.autoclip(), optax.adamw(3e-4))
 """
 
 from optax_smartclip import masks
+from optax_smartclip.checkpoints.graft import graft
 from optax_smartclip.clippers.adagc import adagc
 from optax_smartclip.clippers.agc import agc
 from optax_smartclip.clippers.autoclip import autoclip
-from optax_smartclip.clippers.clip_micro_batches import MicroBatchState, clip_micro_batches
+from optax_smartclip.clippers.clip_micro_batches import (
+    MicroBatchMetrics,
+    MicroBatchState,
+    clip_micro_batches,
+)
 from optax_smartclip.clippers.keep_last_good import (
+    LastGoodMetrics,
     LastGoodState,
     keep_last_good,
     restore_last_good,
 )
-from optax_smartclip.clippers.observe_norms import observe_norms
-from optax_smartclip.clippers.skip_spikes import GiveUpState, SkipState, skip_spikes
+from optax_smartclip.clippers.observe_norms import NormMetrics, observe_norms
+from optax_smartclip.clippers.skip_spikes import (
+    GiveUpMetrics,
+    GiveUpState,
+    SkipMetrics,
+    SkipState,
+    skip_spikes,
+)
 from optax_smartclip.clippers.stable_adamw import (
     StableAdamState,
     scale_by_stable_adam,
@@ -24,19 +36,11 @@ from optax_smartclip.clippers.where_skipped import where_skipped
 from optax_smartclip.clippers.zclip import zclip
 from optax_smartclip.clippers.zscore_clip import zscore_clip
 from optax_smartclip.engine.culprits import Culprits, culprits
-from optax_smartclip.engine.graft import graft
 from optax_smartclip.engine.groups import group_labels
-from optax_smartclip.engine.metrics import (
-    ClipMetrics,
-    GiveUpMetrics,
-    LastGoodMetrics,
-    MicroBatchMetrics,
-    NormMetrics,
-    SkipMetrics,
-    metrics,
-)
-from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
-from optax_smartclip.engine.states import ClipState
+from optax_smartclip.engine.learning import ThresholdRule
+from optax_smartclip.engine.metrics import ClipMetrics, metrics
+from optax_smartclip.engine.rule import clip_by_rule
+from optax_smartclip.engine.states import ClipState, state_dataclass
 from optax_smartclip.histories.geometric_quantile import geometric_quantile
 from optax_smartclip.histories.history import NormHistory
 from optax_smartclip.histories.log_histogram import log_histogram
@@ -86,6 +90,7 @@ __all__ = [
     "scale_by_stable_adam",
     "skip_spikes",
     "stable_adamw",
+    "state_dataclass",
     "where_skipped",
     "zclip",
     "zscore_clip",

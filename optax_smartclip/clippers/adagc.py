@@ -20,17 +20,17 @@ from jaxtyping import Array, Float32, Int32
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.dtypes import as_float32
 from optax_smartclip.engine.groups import LeafMask, Scope
-from optax_smartclip.engine.measured import NormOf
+from optax_smartclip.engine.learning import ThresholdRule
 from optax_smartclip.engine.meshes import AxisName
+from optax_smartclip.engine.norm_of import NormOf
 from optax_smartclip.engine.norms import LARGEST, Norms, safe_sqrt
-from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
-from optax_smartclip.engine.scaling import has_reached
+from optax_smartclip.engine.rule import clip_by_rule
 from optax_smartclip.engine.stacks import Stacked
-from optax_smartclip.engine.states import state
-from optax_smartclip.histories.moments import count_known, new_weight
+from optax_smartclip.engine.states import state_dataclass
+from optax_smartclip.histories.moments import count_known, is_warm, new_weight
 
 
-@state
+@state_dataclass
 class AdaGCState:
     """The moving average of each group's norms.
 
@@ -112,7 +112,7 @@ def adagc(
     checks.check_decay(decay)
     checks.check_positive("absolute_clip", absolute_clip, none="to cut nothing in warm-up")
     checks.check_positive("record_limit", record_limit, none="to record clipped norms")
-    checks.check_shared(warmup_steps, max_norm, nonfinite, min_scale)
+    checks.check_clip_options(warmup_steps, max_norm, nonfinite, min_scale)
     # The rule has a threshold of its own in warm-up.
     return clip_by_rule(
         adagc_rule(relative_clip, decay, absolute_clip, record_limit, warmup_steps),
@@ -138,13 +138,10 @@ def adagc_rule(
             num_recorded=jnp.zeros(num_groups, jnp.int32),
         )
 
-    def is_warm(state: AdaGCState) -> Any:
-        num_known = count_known(state.average, state.num_recorded)
-        return has_reached(num_known, jnp.maximum(as_float32(warmup_steps), 1.0))
-
     def threshold(state: AdaGCState, norms: Norms) -> Norms:
         in_warmup = share_of_total(norms, absolute_clip)
-        return jnp.where(is_warm(state), as_float32(relative_clip) * state.average, in_warmup)
+        warm = is_warm(state.average, state.num_recorded, warmup_steps)
+        return jnp.where(warm, as_float32(relative_clip) * state.average, in_warmup)
 
     def record(state: AdaGCState, norms: Norms, thresholds: Norms) -> AdaGCState:
         clipped = jnp.minimum(norms, thresholds)
@@ -152,8 +149,9 @@ def adagc_rule(
         smallest = jnp.where(num_known > 0, jnp.minimum(state.average, clipped), clipped)
         limit = thresholds if record_limit is None else as_float32(record_limit) * state.average
         change = jnp.minimum(norms, limit) - state.average
+        warm = is_warm(state.average, state.num_recorded, warmup_steps)
         return AdaGCState(
-            average=jnp.where(is_warm(state), state.average + new_weight(decay) * change, smallest),
+            average=jnp.where(warm, state.average + new_weight(decay) * change, smallest),
             num_recorded=optax.safe_increment(num_known),
         )
 

@@ -123,7 +123,7 @@ def agc(
     """
     checks.check_positive("clipping", clipping)
     checks.check_positive("eps", eps)
-    checks.check_shared(warmup_steps, max_norm, nonfinite, min_scale)
+    checks.check_clip_options(warmup_steps, max_norm, nonfinite, min_scale)
     check_scope(scope, ("unit", *SCOPES))
     check_stacked(stacked, scope)
     check_unit_axes(unit_axes, scope)
@@ -160,20 +160,20 @@ def agc(
         )
         norms = group_norms(arrays, partition, axis_name=axis_name)
 
-        def limit(weight_norm: Array, norm: Array) -> Array:
+        def threshold_of(weight_norm: Array, norm: Array) -> Array:
             dtype = weight_norm.dtype
             least = jnp.asarray(eps).astype(dtype)
             threshold = jnp.asarray(clipping).astype(dtype) * jnp.maximum(weight_norm, least)
-            limits = limit_threshold(
+            limited = limit_threshold(
                 threshold, state.num_observed, warmup_steps, max_norm, accumulator(arrays)
             )
-            return keep_share(limits, norm, min_scale)
+            return keep_share(limited, norm, min_scale)
 
-        limits = jax.tree.map(limit, weight_norms, norms)
+        thresholds = jax.tree.map(threshold_of, weight_norms, norms)
         scale = functools.partial(signed_scale, mark_zeros=by_units)
-        scales = jax.tree.map(scale, norms, limits)
+        scales = jax.tree.map(scale, norms, thresholds)
         clipped = scale_arrays(arrays, partition, scales, nonfinite, mark_zeros=by_units)
-        last = report(state.last, norms, limits, scales, nonfinite)
+        last = report(state.last, norms, thresholds, scales, nonfinite)
         live = observed(last).reshape(groups.num_groups)
         next_state = ClipState(
             rule=state.rule,

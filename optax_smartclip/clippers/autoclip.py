@@ -19,12 +19,13 @@ from jaxtyping import Array, Int32
 
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.groups import LeafMask, Scope
-from optax_smartclip.engine.measured import NormOf
+from optax_smartclip.engine.learning import ThresholdRule
 from optax_smartclip.engine.meshes import AxisName
+from optax_smartclip.engine.norm_of import NormOf
 from optax_smartclip.engine.norms import LARGEST, Norms
-from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
+from optax_smartclip.engine.rule import clip_by_rule
 from optax_smartclip.engine.stacks import Stacked
-from optax_smartclip.engine.states import state
+from optax_smartclip.engine.states import state_dataclass
 from optax_smartclip.histories.history import HistoryState, NormHistory, Percentile
 from optax_smartclip.histories.ring_buffer import ring_buffer
 
@@ -54,7 +55,7 @@ _LOWER_EARLY_FACTOR = 1.5
 _UPPER_EARLY_FACTOR = 3.0
 
 
-@state
+@state_dataclass
 class FenceState:
     """What the auto mode remembers.
 

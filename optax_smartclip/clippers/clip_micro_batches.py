@@ -12,13 +12,13 @@ loop is one over norms: the gradients are read all at once, and may be on severa
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Float, Float32, Inexact, Int32
 
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.dtypes import is_inexact, working_dtype
@@ -30,14 +30,33 @@ from optax_smartclip.engine.meshes import (
     vary_as_before,
     varying_axes,
 )
-from optax_smartclip.engine.metrics import ClipMetrics, MicroBatchMetrics
+from optax_smartclip.engine.metrics import ClipMetrics, metrics_record
 from optax_smartclip.engine.norms import LARGEST
 from optax_smartclip.engine.rule import Clipper
-from optax_smartclip.engine.states import ClipState, check_is_state, state
+from optax_smartclip.engine.states import ClipState, check_is_state, state_dataclass
 from optax_smartclip.engine.trees import PyTree, flatten, path_name
 
 
-@state
+@metrics_record
+class MicroBatchMetrics(NamedTuple):
+    """The record of `clip_micro_batches`: the micro-batches of the last step together.
+
+    Every field has the shape `[groups]`, or `[]` if there is one group. Every number is finite.
+
+    Attributes:
+        micro_batches_clipped: int32, how many were over the threshold.
+        micro_batches_nonfinite: int32, how many had a NaN or Inf norm.
+        micro_batch_norm: float32, the median of their norms before clipping.
+        largest_micro_batch_norm: float32, the largest of these; 3.4e38 if one is NaN or Inf.
+    """
+
+    micro_batches_clipped: Int32[Array, " *groups"]
+    micro_batches_nonfinite: Int32[Array, " *groups"]
+    micro_batch_norm: Float32[Array, " *groups"]
+    largest_micro_batch_norm: Float32[Array, " *groups"]
+
+
+@state_dataclass
 class MicroBatchState:
     """The state of `clip_micro_batches`.
 

@@ -9,27 +9,27 @@ before the trouble began.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.tree_util import PyTreeDef
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float32, Int32
 
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.dtypes import as_float32, is_inexact
 from optax_smartclip.engine.meshes import AxisName, vary_as, vary_as_before
 from optax_smartclip.engine.metrics import (
-    LastGoodMetrics,
     fields_named,
     increment_where,
     metrics,
+    metrics_record,
 )
 from optax_smartclip.engine.norms import norms_in_range
 from optax_smartclip.engine.partitions import one_group
 from optax_smartclip.engine.scaling import has_reached, scale_array
-from optax_smartclip.engine.states import check_is_state, state
+from optax_smartclip.engine.states import check_is_state, state_dataclass
 from optax_smartclip.engine.trees import PyTree, clippable_leaves
 
 _PINNED_HOST = "pinned_host"
@@ -38,7 +38,23 @@ _PINNED_HOST = "pinned_host"
 _NONE = -1
 
 
-@state
+@metrics_record
+class LastGoodMetrics(NamedTuple):
+    """The record of `keep_last_good`. Every field is a scalar.
+
+    Attributes:
+        copy_age: int32, how many steps `restore_last_good` would undo, dropped ones not counted;
+            -1 if there is no copy yet. Stops at 2 ** 31 - 1.
+        rate_scale: float32, what updates are multiplied by: 1 until a restore cuts the rate.
+        num_restores: int32, how often a copy has been returned to. Stops at 2 ** 31 - 1.
+    """
+
+    copy_age: Int32[Array, ""]
+    rate_scale: Float32[Array, ""]
+    num_restores: Int32[Array, ""]
+
+
+@state_dataclass
 class KeptState:
     """What `keep_last_good` keeps.
 
@@ -55,7 +71,7 @@ class KeptState:
     last: LastGoodMetrics
 
 
-@state
+@state_dataclass
 class LastGoodState:
     """The state of `keep_last_good`.
 

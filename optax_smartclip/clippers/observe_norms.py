@@ -3,18 +3,36 @@
 A clip of the global norm says that the norm was large, and not which layer made it so.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float32
 
 from optax_smartclip.engine.groups import Groups, LeafMask, Scope, assign_groups, check_scope
 from optax_smartclip.engine.meshes import AxisName, vary_as, vary_as_before
-from optax_smartclip.engine.metrics import NormMetrics, record_shape, reported
+from optax_smartclip.engine.metrics import metrics_record, record_shape, reported
 from optax_smartclip.engine.norms import group_norms, shares
 from optax_smartclip.engine.stacks import Stacked, check_stacked
 from optax_smartclip.engine.states import check_groups, check_is_state
 from optax_smartclip.engine.trees import PyTree, clippable_leaves
+
+
+@metrics_record
+class NormMetrics(NamedTuple):
+    """The record of `observe_norms`, which is all of its state.
+
+    Every field has the shape `[groups]`, or `[]` if there is one group. Every number is finite.
+
+    Attributes:
+        observed_norm: float32, the norm; 3.4e38 if it is NaN or Inf.
+        norm_share: float32, the share of the squared norm of all observed leaves, in [0, 1]. The
+            shares add up to 1, or are all 0 if every norm is. If norms are NaN or Inf, those
+            groups have equal shares and the others none.
+    """
+
+    observed_norm: Float32[Array, " *groups"]
+    norm_share: Float32[Array, " *groups"]
 
 
 def observe_norms(

@@ -10,7 +10,8 @@ It differs from clipping in what the optimizer sees: a clipped spike still enter
 dropped one has not happened.
 """
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,24 +22,25 @@ from optax_smartclip.engine import checks
 from optax_smartclip.engine.dtypes import as_float32
 from optax_smartclip.engine.groups import LeafMask, assign_groups
 from optax_smartclip.engine.known_norms import known_norm
+from optax_smartclip.engine.learning import ThresholdRule, init_rule, learn
 from optax_smartclip.engine.meshes import AxisName, vary_as, vary_as_before
 from optax_smartclip.engine.metrics import (
-    GiveUpMetrics,
-    SkipMetrics,
     increment_where,
+    metrics_record,
     reported,
     reported_threshold,
 )
-from optax_smartclip.engine.norms import LARGEST, group_norms
+from optax_smartclip.engine.norms import LARGEST, Norms, group_norms
 from optax_smartclip.engine.partitions import one_group
-from optax_smartclip.engine.scaling import has_reached
+from optax_smartclip.engine.scaling import after_warmup, has_reached
 from optax_smartclip.engine.states import (
     check_is_state,
-    select_groups,
-    state,
+    check_rule_fields,
+    leaf_names,
+    state_dataclass,
 )
 from optax_smartclip.engine.trees import PyTree, clippable_leaves
-from optax_smartclip.histories.history import HistoryState, NormHistory
+from optax_smartclip.histories.history import HistoryState
 from optax_smartclip.histories.ring_buffer import MAX_SIZE, ring_buffer
 
 _QUARTILES = (25.0, 50.0, 75.0)
@@ -51,12 +53,49 @@ _IQR = 1.349
 _MIN_SPREAD = 0.003
 
 
-@state
+@metrics_record
+class SkipMetrics(NamedTuple):
+    """The record of `skip_spikes`. Every field is a scalar; no decision depends on it.
+
+    Every number is finite, as in `ClipMetrics`.
+
+    Attributes:
+        skip_norm: float32, the norm of the gradient as it arrived; 3.4e38 if it is NaN or Inf.
+        skip_norm_threshold: float32, the largest that is not dropped; 3.4e38 in warm-up.
+        skip_value: float32, the loss that was given, 0 if none was; 3.4e38 if it is NaN or Inf.
+        skip_value_threshold: float32, the largest that is not dropped; 3.4e38 in warm-up.
+        skipped: bool, whether the last step was dropped.
+        num_skipped: int32, how many were. Counts stop at 2 ** 31 - 1.
+    """
+
+    skip_norm: Float32[Array, ""]
+    skip_norm_threshold: Float32[Array, ""]
+    skip_value: Float32[Array, ""]
+    skip_value_threshold: Float32[Array, ""]
+    skipped: Bool[Array, ""]
+    num_skipped: Int32[Array, ""]
+
+
+@metrics_record
+class GiveUpMetrics(NamedTuple):
+    """What `skip_spikes(..., give_up_after=n)` adds to its record. Both fields are scalars.
+
+    Attributes:
+        num_bad_in_a_row: int32, the steps with a spike or a NaN or Inf since the last one without,
+            dropped or not. Stops at 2 ** 31 - 1.
+        exhausted: bool, whether these are `give_up_after` or more.
+    """
+
+    num_bad_in_a_row: Int32[Array, ""]
+    exhausted: Bool[Array, ""]
+
+
+@state_dataclass
 class SpikeDetectorState:
     """What spikes stand out from. Arrays of two have an entry for the norm and one for the loss.
 
     Attributes:
-        history: The last finite norms and losses: two groups.
+        history: The state of the rule, by default the last finite norms and losses: two groups.
         num_observed: How many of each have been seen; `warmup_steps` is compared with it.
         num_in_a_row: How many spikes have been dropped since the last step that was not.
         last: The record of the last step. Reported, never read to decide anything.
@@ -68,7 +107,7 @@ class SpikeDetectorState:
     last: SkipMetrics
 
 
-@state
+@state_dataclass
 class SkipState:
     """The state of `skip_spikes`.
 
@@ -81,7 +120,7 @@ class SkipState:
     detector: SpikeDetectorState
 
 
-@state
+@state_dataclass
 class GiveUpState(SkipState):
     """The state of `skip_spikes` with `give_up_after`.
 
@@ -97,6 +136,7 @@ def skip_spikes(
     *,
     sigma: Any = 6.0,
     window: int = 128,
+    rule: Any = None,
     max_consecutive: Any = 32,
     warmup_steps: Any = 10,
     give_up_after: Any = None,
@@ -139,6 +179,9 @@ def skip_spikes(
             deviation if the values are normally distributed; it is at least 0.3 % of the median.
         window: How many steps the median and the spread are taken over: a Python int from 4 to
             16,777,216.
+        rule: None for the rule above, or another one: a step is dropped if the norm or the loss
+            exceeds its threshold. It has two groups, the norm and the loss, which may be negative.
+            `sigma` and `window` are then not used.
         max_consecutive: After how many spikes in a row one is let through, >= 1.
         warmup_steps: How many finite ones are observed before steps are dropped for a spike.
         give_up_after: After how many steps in a row that are spikes, NaN or Inf the metrics say
@@ -181,6 +224,8 @@ def skip_spikes(
         strict_high=True,
     )
     checks.check_size("window", window, MAX_SIZE, low=4)
+    if rule is not None and not isinstance(rule, ThresholdRule):
+        raise ValueError(f"`rule` must be a ThresholdRule or None, got {rule!r}.")
     checks.check_number(
         "max_consecutive", max_consecutive, 1.0, 2.0**31 - 1, allowed="a number of steps, >= 1"
     )
@@ -192,15 +237,19 @@ def skip_spikes(
             2.0**31 - 1,
             allowed="a number of steps, >= 1, or None",
         )
-    checks.check_shared(warmup_steps, None, "zero")
+    checks.check_clip_options(warmup_steps, None, "zero")
     checks.check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
-    history = ring_buffer(window)
+    detect = outlier_rule(window, sigma) if rule is None else rule
+
+    @functools.cache
+    def rule_fields() -> frozenset[str]:
+        return leaf_names(jax.eval_shape(lambda: detect.init(2)))
 
     def init_fn(params: PyTree) -> SkipState:
         assign_groups("global", params, mask=mask)  # a wrong mask is found before the first step
         detector = SpikeDetectorState(
-            history=history.init(2),
+            history=init_rule(detect, 2),
             num_observed=jnp.zeros(2, jnp.int32),
             num_in_a_row=jnp.zeros((), jnp.int32),
             last=SkipMetrics(
@@ -247,8 +296,9 @@ def skip_spikes(
         seen = jnp.stack([reported(norm), reported(loss)])
         given = jnp.stack([seen[0] != 0, jnp.asarray(value is not None)])
         finite = given & jnp.stack([jnp.isfinite(norm), jnp.isfinite(loss)])
-        warm = has_reached(detector.num_observed, warmup_steps)
-        thresholds = jnp.where(warm, outlier_threshold(history, detector.history, sigma), LARGEST)
+        check_rule_fields(detector.history, rule_fields)
+        learnt = learn(detect, detector.history, detector.num_observed, seen, finite)
+        thresholds = after_warmup(learnt.thresholds, detector.num_observed, warmup_steps)
 
         invalid = jnp.any(given & ~finite)
         spike = jnp.any(finite & (seen > thresholds))
@@ -263,11 +313,10 @@ def skip_spikes(
             inner_updates, inner_state = inner.update(
                 passed_on, state.inner_state, params, **extra_args
             )
-        recorded = history.record(detector.history, jnp.where(finite, seen, 0.0), _QUARTILES)
         in_a_row = jnp.where(skip, optax.safe_increment(detector.num_in_a_row), 0)
         next_detector = SpikeDetectorState(
-            history=select_groups(finite, recorded, detector.history),
-            num_observed=increment_where(finite, detector.num_observed),
+            history=learnt.rule,
+            num_observed=learnt.num_observed,
             num_in_a_row=jnp.where(judged, in_a_row, detector.num_in_a_row),
             last=SkipMetrics(
                 skip_norm=seen[0],
@@ -308,14 +357,20 @@ def _next_give_up(
     return GiveUpMetrics(num_bad_in_a_row=num_bad, exhausted=has_reached(num_bad, limit))
 
 
-def outlier_threshold(
-    history: NormHistory, state: HistoryState, sigma: Any
-) -> Float32[Array, " groups"]:
-    """The median plus `sigma` spreads, of values that may be negative; none if all are zero."""
-    q25, median, q75 = (history.percentile(state, quartile) for quartile in _QUARTILES)
-    spread = jnp.maximum((q75 - q25) / _IQR, _MIN_SPREAD * jnp.abs(median))
-    # Values that were mostly zero have shown no scale that one could exceed.
-    return jnp.where(spread > 0, median + as_float32(sigma) * spread, LARGEST)
+def outlier_rule(window: int, sigma: Any) -> ThresholdRule:
+    """Threshold: `sigma` spreads above the median of the last values, which may be negative."""
+    history = ring_buffer(window)
+
+    def threshold(state: HistoryState, values: Norms) -> Norms:
+        q25, median, q75 = (history.percentile(state, quartile) for quartile in _QUARTILES)
+        spread = jnp.maximum((q75 - q25) / _IQR, _MIN_SPREAD * jnp.abs(median))
+        # Values that were mostly zero have shown no scale that one could exceed.
+        return jnp.where(spread > 0, median + as_float32(sigma) * spread, LARGEST)
+
+    def record(state: HistoryState, values: Norms, thresholds: Norms) -> HistoryState:
+        return history.record(state, values, _QUARTILES)
+
+    return ThresholdRule(history.init, threshold, record)
 
 
 def _zero_where(skip: Bool[Array, ""], updates: PyTree) -> PyTree:

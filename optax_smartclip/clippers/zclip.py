@@ -24,11 +24,12 @@ import optax
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.dtypes import as_float32
 from optax_smartclip.engine.groups import LeafMask, Scope
-from optax_smartclip.engine.measured import NormOf
+from optax_smartclip.engine.learning import ThresholdRule
 from optax_smartclip.engine.meshes import AxisName
+from optax_smartclip.engine.norm_of import NormOf
 from optax_smartclip.engine.norms import LARGEST, Norms
-from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
-from optax_smartclip.engine.scaling import has_reached, ratio
+from optax_smartclip.engine.rule import clip_by_rule
+from optax_smartclip.engine.scaling import ratio
 from optax_smartclip.engine.stacks import Stacked
 from optax_smartclip.histories.moments import (
     MomentsState,
@@ -36,6 +37,7 @@ from optax_smartclip.histories.moments import (
     averaging_weight,
     count_known,
     init_moments,
+    is_warm,
     new_weight,
     safe_hypot,
     update_moments,
@@ -134,10 +136,6 @@ def zclip_rule(
 ) -> ThresholdRule:
     """Threshold: for an outlier what it is cut to, else where outliers begin."""
 
-    def is_warm(state: MomentsState) -> Any:
-        num_known = count_known(state.mean, state.num_recorded)
-        return has_reached(num_known, jnp.maximum(as_float32(warmup_steps), 1.0))
-
     def threshold(state: MomentsState, norms: Norms) -> Norms:
         excess = as_float32(zmax) * state.std
         outlier = norms > state.mean + excess
@@ -150,7 +148,8 @@ def zclip_rule(
         else:
             target = state.mean + excess
         limit = jnp.where(outlier, target, state.mean + excess)
-        return jnp.where(is_warm(state), limit, LARGEST)
+        warm = is_warm(state.mean, state.num_recorded, warmup_steps)
+        return jnp.where(warm, limit, LARGEST)
 
     def record(state: MomentsState, norms: Norms, thresholds: Norms) -> MomentsState:
         num_recorded = optax.safe_increment(count_known(state.mean, state.num_recorded))
@@ -162,7 +161,7 @@ def zclip_rule(
         deviation = jnp.minimum(norms, limit) - mean
         std = safe_hypot(jnp.sqrt(1.0 - weight) * state.std, jnp.sqrt(weight) * deviation)
 
-        warm = is_warm(state)
+        warm = is_warm(state.mean, state.num_recorded, warmup_steps)
         return MomentsState(
             mean=jnp.where(warm, mean, averaged[0]),
             std=jnp.where(warm, std, averaged[1]),

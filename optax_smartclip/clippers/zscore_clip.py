@@ -12,10 +12,11 @@ import optax
 
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.groups import LeafMask, Scope
-from optax_smartclip.engine.measured import NormOf
+from optax_smartclip.engine.learning import ThresholdRule
 from optax_smartclip.engine.meshes import AxisName
+from optax_smartclip.engine.norm_of import NormOf
 from optax_smartclip.engine.norms import LARGEST, Norms
-from optax_smartclip.engine.rule import ThresholdRule, clip_by_rule
+from optax_smartclip.engine.rule import clip_by_rule
 from optax_smartclip.engine.stacks import Stacked
 from optax_smartclip.engine.states import select_groups
 from optax_smartclip.histories.moments import (

@@ -146,7 +146,9 @@ def check_patterns_match(
             )
 
 
-def check_shared(warmup_steps: Any, max_norm: Any, nonfinite: Any, min_scale: Any = None) -> None:
+def check_clip_options(
+    warmup_steps: Any, max_norm: Any, nonfinite: Any, min_scale: Any = None
+) -> None:
     """Checks the arguments that all clippers share."""
     check_number("warmup_steps", warmup_steps, 0.0, 2.0**31 - 1, allowed="a number of steps, >= 0")
     check_positive("max_norm", max_norm, none="for no ceiling")

@@ -8,7 +8,7 @@ Inside or outside `jit`:
 
 import contextlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,27 @@ from optax_smartclip.engine.dtypes import as_float32
 from optax_smartclip.engine.norms import LARGEST, LARGEST_NORM
 from optax_smartclip.engine.trees import path_name, unbox
 
+T = TypeVar("T")
 
-# A NamedTuple, because optax.tree.get looks into those and not into dataclasses. The names are
-# chosen not to collide with those in Optax's own states.
+RECORDS: list[type[Any]] = []
+
+
+def metrics_record(cls: type[T]) -> type[T]:
+    """Declares a record that `metrics` finds: a NamedTuple of arrays.
+
+    It is a NamedTuple because `optax.tree.get` looks into those and not into dataclasses. The names
+    of its fields must not collide with those in Optax's own states.
+    """
+    RECORDS.append(cls)
+    # A name can be registered only once; on module reload the first class keeps it.
+    with contextlib.suppress(ValueError):
+        export.register_namedtuple_serialization(
+            cls, serialized_name=f"{__name__}.{cls.__qualname__}"
+        )
+    return cls
+
+
+@metrics_record
 class ClipMetrics(NamedTuple):
     """The record of a clipper's last step. No clipper's decisions depend on it.
 
@@ -49,107 +67,6 @@ class ClipMetrics(NamedTuple):
     num_steps: Int32[Array, " *groups"]
     num_clipped: Int32[Array, " *groups"]
     num_nonfinite: Int32[Array, " *groups"]
-
-
-class SkipMetrics(NamedTuple):
-    """The record of `skip_spikes`. Every field is a scalar; no decision depends on it.
-
-    Every number is finite, as in `ClipMetrics`.
-
-    Attributes:
-        skip_norm: float32, the norm of the gradient as it arrived; 3.4e38 if it is NaN or Inf.
-        skip_norm_threshold: float32, the largest that is not dropped; 3.4e38 in warm-up.
-        skip_value: float32, the loss that was given, 0 if none was; 3.4e38 if it is NaN or Inf.
-        skip_value_threshold: float32, the largest that is not dropped; 3.4e38 in warm-up.
-        skipped: bool, whether the last step was dropped.
-        num_skipped: int32, how many were. Counts stop at 2 ** 31 - 1.
-    """
-
-    skip_norm: Float32[Array, ""]
-    skip_norm_threshold: Float32[Array, ""]
-    skip_value: Float32[Array, ""]
-    skip_value_threshold: Float32[Array, ""]
-    skipped: Bool[Array, ""]
-    num_skipped: Int32[Array, ""]
-
-
-class GiveUpMetrics(NamedTuple):
-    """What `skip_spikes(..., give_up_after=n)` adds to its record. Both fields are scalars.
-
-    Attributes:
-        num_bad_in_a_row: int32, the steps with a spike or a NaN or Inf since the last one without,
-            dropped or not. Stops at 2 ** 31 - 1.
-        exhausted: bool, whether these are `give_up_after` or more.
-    """
-
-    num_bad_in_a_row: Int32[Array, ""]
-    exhausted: Bool[Array, ""]
-
-
-class LastGoodMetrics(NamedTuple):
-    """The record of `keep_last_good`. Every field is a scalar.
-
-    Attributes:
-        copy_age: int32, how many steps `restore_last_good` would undo, dropped ones not counted;
-            -1 if there is no copy yet. Stops at 2 ** 31 - 1.
-        rate_scale: float32, what updates are multiplied by: 1 until a restore cuts the rate.
-        num_restores: int32, how often a copy has been returned to. Stops at 2 ** 31 - 1.
-    """
-
-    copy_age: Int32[Array, ""]
-    rate_scale: Float32[Array, ""]
-    num_restores: Int32[Array, ""]
-
-
-class NormMetrics(NamedTuple):
-    """The record of `observe_norms`, which is all of its state.
-
-    Every field has the shape `[groups]`, or `[]` if there is one group. Every number is finite.
-
-    Attributes:
-        observed_norm: float32, the norm; 3.4e38 if it is NaN or Inf.
-        norm_share: float32, the share of the squared norm of all observed leaves, in [0, 1]. The
-            shares add up to 1, or are all 0 if every norm is. If norms are NaN or Inf, those
-            groups have equal shares and the others none.
-    """
-
-    observed_norm: Float32[Array, " *groups"]
-    norm_share: Float32[Array, " *groups"]
-
-
-class MicroBatchMetrics(NamedTuple):
-    """The record of `clip_micro_batches`: the micro-batches of the last step together.
-
-    Every field has the shape `[groups]`, or `[]` if there is one group. Every number is finite.
-
-    Attributes:
-        micro_batches_clipped: int32, how many were over the threshold.
-        micro_batches_nonfinite: int32, how many had a NaN or Inf norm.
-        micro_batch_norm: float32, the median of their norms before clipping.
-        largest_micro_batch_norm: float32, the largest of these; 3.4e38 if one is NaN or Inf.
-    """
-
-    micro_batches_clipped: Int32[Array, " *groups"]
-    micro_batches_nonfinite: Int32[Array, " *groups"]
-    micro_batch_norm: Float32[Array, " *groups"]
-    largest_micro_batch_norm: Float32[Array, " *groups"]
-
-
-RECORDS = (
-    ClipMetrics,
-    SkipMetrics,
-    GiveUpMetrics,
-    LastGoodMetrics,
-    NormMetrics,
-    MicroBatchMetrics,
-)
-
-for _record in RECORDS:
-    # A name can be registered once: in a module that is loaded anew, the first class keeps it.
-    with contextlib.suppress(ValueError):
-        export.register_namedtuple_serialization(
-            _record, serialized_name=f"{__name__}.{_record.__qualname__}"
-        )
 
 
 def record_shape(num_groups: int) -> tuple[int, ...]:
@@ -269,7 +186,9 @@ def fields_named(records: Mapping[str, Array], field: str) -> list[Array]:
 
 def _read(node: Any) -> dict[str, Array]:
     """The record that a node is, or is a mapping of; empty if it is neither."""
-    fields = node._asdict() if isinstance(node, RECORDS) else node
+    fields: Any = node
+    if isinstance(node, tuple(RECORDS)):
+        fields = fields._asdict()
     for kind in RECORDS:
         if isinstance(fields, Mapping) and set(fields) == set(kind._fields):
             return {name: fields[name] for name in kind._fields}

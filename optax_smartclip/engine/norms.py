@@ -31,15 +31,14 @@ from optax_smartclip.engine.partitions import GroupValues, Partition, Terms
 Norms = Float32[Array, " groups"]
 Mask = Bool[Array, " groups"]
 
-# Stands for what no float32 can: an empty history, an infinite threshold, a norm that is NaN or
-# Inf. Finite, because Inf - Inf is NaN, and because states are searched for Inf and NaN by those
-# who look for a fault.
+# Stands for an infinite threshold, and for a norm that is NaN or Inf. It is finite because
+# Inf - Inf is NaN, and because debuggers search states for Inf and NaN.
 LARGEST = float(jnp.finfo(jnp.float32).max)
 # The largest norm in a record.
 LARGEST_NORM = float(np.nextafter(np.float32(LARGEST), np.float32(0)))
 
-# Between these, what a history holds of a norm in float64 is that norm. A few times the larger one
-# is still a float32, so that means and spreads are finite.
+# A history holds norms in float64 between these as they are, and others as the nearer bound. A few
+# times the larger bound is still a float32, so that means and spreads are finite.
 LEARNABLE = float(jnp.finfo(jnp.float32).tiny), 2.0**126
 
 
@@ -126,7 +125,7 @@ def _total_over_devices(
         tuple(sum_over_devices.counted_once(number, term) for term in of_array)
         for number, of_array in enumerate(terms)
     ]
-    return sum_over_devices(partition.total(counted))
+    return sum_over_devices(partition.group_sums(counted))
 
 
 def _range(dtype: Any) -> tuple[float, float]:
@@ -228,7 +227,7 @@ def _group_norms_jvp(
         return functools.reduce(operator.add, terms)
 
     products = [
-        product(*values) for values in zip(arrays, partition.spread(norms), changes, strict=True)
+        product(*values) for values in zip(arrays, partition.per_array(norms), changes, strict=True)
     ]
     terms: list[Terms] = [(each,) for each in products]
     (changes,) = _total_over_devices(arrays, terms, partition, names)

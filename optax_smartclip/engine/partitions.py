@@ -2,8 +2,8 @@
 
 Norms and scaling need two operations, and do not know which kind of partition serves them:
 
-    partition.total(terms)     sums the elements of each group   arrays -> group values
-    partition.spread(values)   gives each array its values back  group values -> arrays
+    partition.group_sums(terms)    sums the elements of each group   arrays -> group values
+    partition.per_array(values)    gives each array its values back  group values -> arrays
 
 Group values are `[groups]` for whole leaves and slices of leaves (`Leaves`), and one array for
 each leaf that has several units (`Units`). A partition is a frozen dataclass of tuples: equal ones
@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int32
 
 from optax_smartclip.engine.meshes import replicate
 
-# `[groups]`, or a list of arrays that `spread` knows how to distribute.
+# `[groups]`, or a list of arrays that `per_array` knows how to distribute.
 GroupValues = Any
 
 # Arrays of one shape that are summed in one reading.
@@ -41,7 +41,7 @@ class Partition(abc.ABC):
     has_scaled_sums: ClassVar[bool] = True
 
     @abc.abstractmethod
-    def total(self, terms: list[Terms]) -> list[GroupValues]:
+    def group_sums(self, terms: list[Terms]) -> list[GroupValues]:
         """Sums each group.
 
         Args:
@@ -52,7 +52,7 @@ class Partition(abc.ABC):
         """
 
     @abc.abstractmethod
-    def spread(self, values: GroupValues) -> list[Array]:
+    def per_array(self, values: GroupValues) -> list[Array]:
         """Returns for each array what broadcasts against it: the values of its groups."""
 
 
@@ -125,7 +125,7 @@ class Leaves(Partition):
         sizes = (math.prod(stack.sizes) for stack in self.stacks)
         return sorted(dict(zip(self.group, sizes, strict=True)).items())
 
-    def total(self, terms: list[Terms]) -> list[Float[Array, " groups"]]:
+    def group_sums(self, terms: list[Terms]) -> list[Float[Array, " groups"]]:
         """Sums each group, in a fixed order of additions."""
         # By pairs: this fixes the order also on a GPU, so that a resumed run repeats every bit.
         # Stacking thousands of them first would compile slowly.
@@ -168,7 +168,7 @@ class Leaves(Partition):
             places[:, first : first + size] = of_run
         return places.astype(np.int32)
 
-    def spread(self, values: Float[Array, " groups"]) -> list[Float[Array, "..."]]:
+    def per_array(self, values: Float[Array, " groups"]) -> list[Float[Array, "..."]]:
         """Returns a scalar for each whole array, and a value for each slice of the others."""
         runs = self._runs()
         parts = zip(runs, take_apart(values, tuple(runs)), strict=True)
@@ -200,7 +200,7 @@ class Units(Partition):
 
     axes: tuple[tuple[int, ...] | None, ...]
 
-    def total(self, terms: list[Terms]) -> list[list[Array]]:
+    def group_sums(self, terms: list[Terms]) -> list[list[Array]]:
         """Sums each unit."""
         sums = [
             tuple(_unit_sums(term, axes) for term in arrays)
@@ -214,7 +214,7 @@ class Units(Partition):
         several = [units for units, axes in pairs if axes is not None]
         return ([jnp.stack(single)] if single else []) + several
 
-    def spread(self, values: list[Array]) -> list[Array]:
+    def per_array(self, values: list[Array]) -> list[Array]:
         """Returns for each array its units, or a scalar if it is one."""
         num_single = self.axes.count(None)
         places = tuple((place, 1) for place in range(num_single))

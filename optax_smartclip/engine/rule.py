@@ -10,16 +10,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int32
 
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.groups import Groups, LeafMask, Scope, assign_groups, check_scope
-from optax_smartclip.engine.measured import NormOf, check_norm_of, measured_arrays
+from optax_smartclip.engine.learning import ThresholdRule, init_rule, learn
 from optax_smartclip.engine.meshes import AxisName, vary_as, vary_as_before
-from optax_smartclip.engine.metrics import increment_where, next_metrics
+from optax_smartclip.engine.metrics import next_metrics
+from optax_smartclip.engine.norm_of import NormOf, check_norm_of, measured_arrays
 from optax_smartclip.engine.norms import Norms, group_norms, has_gradient, learnable
 from optax_smartclip.engine.partitions import Leaves
 from optax_smartclip.engine.scaling import keep_share, limit_threshold, scale_arrays, signed_scale
@@ -29,31 +29,8 @@ from optax_smartclip.engine.states import (
     check_fits,
     init_state,
     leaf_names,
-    select_groups,
 )
 from optax_smartclip.engine.trees import KeyPath, PyTree, clippable_leaves, replace_leaves
-
-RuleState = Any
-
-
-class ThresholdRule(NamedTuple):
-    """What a history-based clipper has learnt, as three pure functions.
-
-    `norms` and thresholds are float32[groups]. A rule learns from norms that are positive and
-    finite: where a group's norm is zero, NaN or Inf, the rule is shown a zero, its threshold is
-    not used and its state is kept as it was.
-
-    Attributes:
-        init: Number of groups -> state. Every leaf of it has a leading `groups` axis.
-        threshold: State, norms of this step -> thresholds. Whether the norms that are to be
-            judged have a say in it is the rule's choice.
-        record: State, norms, what `threshold` returned for them -> next state. The thresholds
-            are the rule's own, before warm-up and `max_norm`.
-    """
-
-    init: Callable[[int], RuleState]
-    threshold: Callable[[RuleState, Norms], Norms]
-    record: Callable[[RuleState, Norms, Norms], RuleState]
 
 
 class ClipSteps(NamedTuple):
@@ -178,7 +155,7 @@ def clip_by_rule(
     check_scope(scope)
     check_stacked(stacked, scope)
     check_norm_of(norm_of)
-    checks.check_shared(warmup_steps, max_norm, nonfinite, min_scale)
+    checks.check_clip_options(warmup_steps, max_norm, nonfinite, min_scale)
 
     def groups_of(tree: PyTree) -> Groups:
         return assign_groups(scope, tree, stacked=stacked, mask=mask)
@@ -189,17 +166,7 @@ def clip_by_rule(
 
     def init_fn(params: PyTree) -> ClipState:
         num_groups = groups_of(params).num_groups
-        rule_state = rule.init(num_groups)
-        for leaf in jax.tree.leaves(rule_state):
-            if jnp.shape(leaf)[:1] != (num_groups,):
-                raise ValueError(
-                    "`rule.init` must return arrays whose first axis has one entry per group "
-                    f"({num_groups}), got the shape {jnp.shape(leaf)}."
-                )
-        # A weakly typed leaf, as of jnp.full(groups, 1.0), would change its type in the first
-        # step and compile the second anew.
-        strong = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), rule_state)
-        return vary_as(init_state(strong, num_groups), params, axis_name)
+        return vary_as(init_state(init_rule(rule, num_groups), num_groups), params, axis_name)
 
     def read(updates: PyTree, params: PyTree | None) -> _Gradient:
         groups = groups_of(updates if params is None else params)
@@ -209,23 +176,16 @@ def clip_by_rule(
     def judge(state: Any, norms: Norms) -> tuple[ClipState, Norms]:
         check_fits(state, len(norms), rule_fields)
         live = has_gradient(norms)
-        shown = jnp.where(live, learnable(norms), 0.0)
-        thresholds = rule.threshold(state.rule, shown)
-        if jnp.shape(thresholds) != norms.shape:
-            raise ValueError(
-                "`rule.threshold` must return one threshold for each of the "
-                f"{len(norms)} groups, got the shape {jnp.shape(thresholds)}."
-            )
-        limits = limit_threshold(
-            thresholds, state.num_observed, warmup_steps, max_norm, norms.dtype
+        learnt = learn(rule, state.rule, state.num_observed, learnable(norms), live)
+        thresholds = limit_threshold(
+            learnt.thresholds, state.num_observed, warmup_steps, max_norm, norms.dtype
         )
-        limits = keep_share(limits, norms, min_scale)
-        scales = signed_scale(norms, limits)
-        recorded = rule.record(state.rule, shown, thresholds)
+        thresholds = keep_share(thresholds, norms, min_scale)
+        scales = signed_scale(norms, thresholds)
         next_state = ClipState(
-            rule=select_groups(live, recorded, state.rule),
-            num_observed=increment_where(live, state.num_observed),
-            last=next_metrics(state.last, norms, limits, scales, nonfinite),
+            rule=learnt.rule,
+            num_observed=learnt.num_observed,
+            last=next_metrics(state.last, norms, thresholds, scales, nonfinite),
         )
         return vary_as_before(next_state, state), scales
 

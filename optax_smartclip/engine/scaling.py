@@ -32,7 +32,7 @@ def scale_arrays(
     """Each array times the signed scale of its group, or of each of the groups within it."""
     return [
         scale_array(array, scale, nonfinite, mark_zeros=mark_zeros)
-        for array, scale in zip(arrays, partition.spread(scales), strict=True)
+        for array, scale in zip(arrays, partition.per_array(scales), strict=True)
     ]
 
 
@@ -55,18 +55,28 @@ def limit_threshold(
         # One that is as large as a norm in a history can be may be that of norms that are larger.
         is_known = threshold < LEARNABLE[1]
         threshold = jnp.where(is_known, threshold.astype(dtype), unlimited)
-    learnt = jnp.where(has_reached(num_observed, warmup_steps), threshold, unlimited)
+    learnt = after_warmup(threshold, num_observed, warmup_steps)
     return jnp.maximum(jnp.fmin(learnt, ceiling), 0.0)
 
 
+def after_warmup(
+    threshold: Float[Array, "*shape"], num_observed: Array, warmup_steps: Any
+) -> Float[Array, "*shape"]:
+    """The threshold, and the largest number of its type in warm-up or where it is NaN."""
+    unlimited = jnp.finfo(threshold.dtype).max
+    return jnp.fmin(
+        jnp.where(has_reached(num_observed, warmup_steps), threshold, unlimited), unlimited
+    )
+
+
 def keep_share(
-    limit: Float[Array, "*shape"], norm: Float[Array, "*shape"], min_scale: Any
+    threshold: Float[Array, "*shape"], norm: Float[Array, "*shape"], min_scale: Any
 ) -> Float[Array, "*shape"]:
     """Raises thresholds to `min_scale` times the norm, so that no scale is smaller."""
     if min_scale is None:
-        return limit
+        return threshold
     finite = jnp.where(jnp.isfinite(norm), norm, 0.0)
-    return jnp.maximum(limit, jnp.asarray(min_scale).astype(norm.dtype) * finite)
+    return jnp.maximum(threshold, jnp.asarray(min_scale).astype(norm.dtype) * finite)
 
 
 def has_reached(count: Int32[Array, "*shape"], steps: Any) -> Bool[Array, "*shape"]:
@@ -75,18 +85,18 @@ def has_reached(count: Int32[Array, "*shape"], steps: Any) -> Bool[Array, "*shap
 
 
 def signed_scale(
-    norm: Float[Array, "*shape"], limit: Float[Array, "*shape"], *, mark_zeros: bool = False
+    norm: Float[Array, "*shape"], threshold: Float[Array, "*shape"], *, mark_zeros: bool = False
 ) -> Float[Array, "*shape"]:
-    """`min(1, limit / norm)`, or a negative number where the norm is not finite.
+    """`min(1, threshold / norm)`, or a negative number where the norm is not finite.
 
-    Exactly 1 where `norm <= limit`, both zero included; with `mark_zeros`, 2 where the norm is
+    Exactly 1 where `norm <= threshold`, both zero included; with `mark_zeros`, 2 where the norm is
     zero. A scale below the smallest normal number (1e-38) may count as zero.
     """
     finite = jnp.isfinite(norm)
-    over = finite & (norm > limit)
+    over = finite & (norm > threshold)
     within = jnp.where(norm == 0, NO_GRADIENT, 1.0) if mark_zeros else 1.0
     # The division comes last because XLA repeats what follows it for each element of an array.
-    dividend = jnp.where(finite, jnp.where(over, limit, within), _NOT_FINITE)
+    dividend = jnp.where(finite, jnp.where(over, threshold, within), _NOT_FINITE)
     return ratio(dividend, jnp.where(over, norm, 1.0))
 
 

@@ -1,9 +1,9 @@
 """How states are declared: frozen chex dataclasses that Flax and `jax.export` can serialize, too.
 
 A clipper's state is a `ClipState`; what its rule remembers is a dataclass of the rule's own,
-declared with `@state`:
+declared with `@state_dataclass`:
 
-    @state
+    @state_dataclass
     class MeanState:
         mean: Norms
 """
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
-def state(cls: type[T]) -> type[T]:
+def state_dataclass(cls: type[T]) -> type[T]:
     """Declares a state: a frozen `chex.dataclass` of arrays.
 
     Args:
@@ -58,7 +58,7 @@ def _values(self: Any) -> Iterator[Any]:
     return (getattr(self, field.name) for field in dataclasses.fields(self))
 
 
-@state
+@state_dataclass
 class ClipState:
     """The state of every clipper.
 
@@ -105,7 +105,12 @@ def check_fits(state: Any, num_groups: int, rule_fields: Callable[[], frozenset[
         rule_fields: The names of the leaves in the state of the rule.
     """
     check_num_groups(state, num_groups)
-    expected, found = rule_fields(), leaf_names(state.rule)
+    check_rule_fields(state.rule, rule_fields)
+
+
+def check_rule_fields(rule_state: Any, rule_fields: Callable[[], frozenset[str]]) -> None:
+    """Raises ValueError unless the state of a rule has leaves with these names."""
+    expected, found = rule_fields(), leaf_names(rule_state)
     if found != expected:
         raise ValueError(
             f"The state must have the fields {sorted(expected)}, as the rule of this clipper "

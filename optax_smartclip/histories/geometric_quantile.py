@@ -16,16 +16,16 @@ from jaxtyping import Array, Float32
 
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.dtypes import as_float32
-from optax_smartclip.engine.norms import LARGEST, Norms
-from optax_smartclip.engine.states import select_groups, state
-from optax_smartclip.histories.history import NormHistory, Percentile
+from optax_smartclip.engine.norms import Norms
+from optax_smartclip.engine.states import select_groups, state_dataclass
+from optax_smartclip.histories.history import EMPTY, NormHistory, Percentile
 from optax_smartclip.histories.ring_buffer import RingBufferState, ring_buffer
 
 # Norms of which the median is the first estimate. Eight survive three spikes among them.
 _SEED_SIZE = 8
 
 
-@state
+@state_dataclass
 class GeometricQuantileState:
     """The estimate for each group, and the norms that it starts from.
 
@@ -74,7 +74,7 @@ def geometric_quantile(rate: Any = 0.02) -> NormHistory:
 
     def init(num_groups: int) -> GeometricQuantileState:
         return GeometricQuantileState(
-            estimate=jnp.full(num_groups, LARGEST, jnp.float32),
+            estimate=jnp.full(num_groups, EMPTY, jnp.float32),
             seed=first_norms.init(num_groups),
         )
 

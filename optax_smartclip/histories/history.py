@@ -7,10 +7,13 @@ each group on its own. It is three pure functions, like a rule, and knows nothin
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from optax_smartclip.engine.norms import Norms
+from optax_smartclip.engine.norms import LARGEST, Norms
 
 HistoryState = Any
 Percentile = Any
+
+# In place of a norm that has not been recorded. It exceeds every norm that can be.
+EMPTY = LARGEST
 
 
 class NormHistory(NamedTuple):
@@ -23,9 +26,9 @@ class NormHistory(NamedTuple):
         record: State, norms, the percentiles that will be asked for -> next state. The same
             percentiles are given at every step.
         percentile: State, a percentile in [0, 100] -> float32[groups], in the unit of the norms.
-            The largest float32 for a group that has recorded nothing.
-        max_percentiles: To how many percentiles `record` can attend; None if to any number.
-        name: What to call it in an error message, as the user wrote it.
+            `EMPTY`, the largest float32, for a group that has recorded nothing.
+        max_percentiles: The number of percentiles that `record` can attend to; None for any.
+        name: Its name in error messages, as the user wrote it.
     """
 
     init: Callable[[int], HistoryState]

@@ -22,16 +22,16 @@ from jaxtyping import Array, Float32, Num
 
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.dtypes import as_float32
-from optax_smartclip.engine.norms import LARGEST, Norms
-from optax_smartclip.engine.states import state
-from optax_smartclip.histories.history import NormHistory, Percentile
+from optax_smartclip.engine.norms import Norms
+from optax_smartclip.engine.states import state_dataclass
+from optax_smartclip.histories.history import EMPTY, NormHistory, Percentile
 from optax_smartclip.histories.ranks import rank
 
 _LOWEST, _HIGHEST = 1e-12, 1e12
 _MOST_COUNTED = 2**31 - 1
 
 
-@state
+@state_dataclass
 class LogHistogramState:
     """How the norms of each group are distributed.
 
@@ -151,11 +151,11 @@ def make_levels(relative_error: float) -> Float32[np.ndarray, " levels"]:
     ratio = 1 + relative_error - 2 * float(np.finfo(np.float32).eps)
     num_steps = int(np.ceil(np.log(_HIGHEST / _LOWEST) / np.log(ratio)))
     between = np.geomspace(_LOWEST, _HIGHEST, num_steps + 1)
-    return np.concatenate([[0.0], between, [LARGEST]]).astype(np.float32)
+    return np.concatenate([[0.0], between, [EMPTY]]).astype(np.float32)
 
 
 def _lowest_level(
     enough: Array, state: LogHistogramState, levels: Float32[np.ndarray, " levels"]
 ) -> Norms:
     """The lowest level that norms have been recorded at or below, and enough of them."""
-    return jnp.min(jnp.where(enough & (state.num_at_most > 0), levels[None, :], LARGEST), axis=1)
+    return jnp.min(jnp.where(enough & (state.num_at_most > 0), levels[None, :], EMPTY), axis=1)

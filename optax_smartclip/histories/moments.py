@@ -15,18 +15,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32
 
 from optax_smartclip.engine.dtypes import as_float32, is_inexact
 from optax_smartclip.engine.norms import Norms
-from optax_smartclip.engine.states import state
+from optax_smartclip.engine.scaling import has_reached
+from optax_smartclip.engine.states import state_dataclass
 
 # The smallest standard deviation, in units of the mean, so that rounding noise on a constant norm
 # is not a spike.
 _MIN_STD = 0.01
 
 
-@state
+@state_dataclass
 class MomentsState:
     """The moments of each group's norms.
 
@@ -57,6 +58,14 @@ def count_known(moment: Norms, num_recorded: Int32[Array, " groups"]) -> Int32[A
     does, makes states with the count of one clipper and without the moments of another.
     """
     return jnp.where(moment > 0, num_recorded, 0)
+
+
+def is_warm(
+    moment: Norms, num_recorded: Int32[Array, " groups"], warmup_steps: Any
+) -> Bool[Array, " groups"]:
+    """Whether at least `warmup_steps` norms are in a mean, and at least one."""
+    num_known = count_known(moment, num_recorded)
+    return has_reached(num_known, jnp.maximum(as_float32(warmup_steps), 1.0))
 
 
 def update_moments(mean: Norms, std: Norms, value: Norms, weight: Norms) -> tuple[Norms, Norms]:

@@ -17,16 +17,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
 from optax_smartclip.engine import checks
-from optax_smartclip.engine.norms import LARGEST, Norms
-from optax_smartclip.engine.states import state
-from optax_smartclip.histories.history import NormHistory, Percentile
+from optax_smartclip.engine.norms import Norms
+from optax_smartclip.engine.states import state_dataclass
+from optax_smartclip.histories.history import EMPTY, NormHistory, Percentile
 from optax_smartclip.histories.ranks import rank
 
 # Each step reads and writes all of it: 128 MiB per group.
 MAX_SIZE = 2**24
 
 
-@state
+@state_dataclass
 class RingBufferState:
     """The last norms of each group.
 
@@ -73,8 +73,8 @@ def ring_buffer(size: int) -> NormHistory:
 
     def init(num_groups: int) -> RingBufferState:
         return RingBufferState(
-            ring=jnp.full((num_groups, size), LARGEST, jnp.float32),
-            ordered=jnp.full((num_groups, size), LARGEST, jnp.float32),
+            ring=jnp.full((num_groups, size), EMPTY, jnp.float32),
+            ordered=jnp.full((num_groups, size), EMPTY, jnp.float32),
             cursor=jnp.zeros(num_groups, jnp.int32),
             length=jnp.zeros(num_groups, jnp.int32),
         )
@@ -130,7 +130,7 @@ def _replace(
 
     Only the norms between the two move, by one place, and each is computed from its neighbours.
     """
-    first, last = jnp.full_like(newest, -LARGEST), jnp.full_like(newest, LARGEST)
+    first, last = jnp.full_like(newest, -EMPTY), jnp.full_like(newest, EMPTY)
     previous = jnp.concatenate([first, ordered[:, :-1]], axis=1)
     following = jnp.concatenate([ordered[:, 1:], last], axis=1)
     risen = jnp.where(

@@ -18,9 +18,10 @@ from optax_smartclip.clippers.autoclip import lower_fence_rule, percentile_rule,
 from optax_smartclip.clippers.zscore_clip import zscore_rule
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.dtypes import as_float32
+from optax_smartclip.engine.learning import RuleState, ThresholdRule
 from optax_smartclip.engine.metrics import reported_threshold
 from optax_smartclip.engine.norms import LARGEST, Norms, group_norms
-from optax_smartclip.engine.rule import RuleState, ThresholdRule, clip_by_rule
+from optax_smartclip.engine.rule import clip_by_rule
 from optax_smartclip.engine.states import ClipState
 from optax_smartclip.engine.trees import PyTree, flatten
 from optax_smartclip.histories.geometric_quantile import geometric_quantile

@@ -126,6 +126,56 @@ def test_decisions_equal_the_reference_in_another_window():
     assert_equal_to_reference(NORMS, LOSSES, 5, run, **options)
 
 
+def distance_to_the_mean():
+    """Threshold: the mean of what has been seen, and three times the mean distance to it."""
+    return smartclip.ThresholdRule(
+        init=lambda groups: {"number": jnp.zeros(groups), "sums": jnp.zeros((groups, 2))},
+        threshold=lambda state, values: (
+            state["sums"] / jnp.maximum(state["number"], 1.0)[:, None] @ jnp.array([1.0, 3.0])
+        ),
+        record=lambda state, values, thresholds: {
+            "number": state["number"] + 1,
+            "sums": state["sums"]
+            + jnp.stack(
+                [
+                    values,
+                    jnp.abs(values - state["sums"][:, 0] / jnp.maximum(state["number"], 1.0)),
+                ],
+                axis=1,
+            ),
+        },
+    )
+
+
+def test_another_rule_judges_norm_and_loss_and_learns_from_what_is_finite():
+    norms, losses = NORMS[:400], LOSSES[:400]
+    options = {"rule": distance_to_the_mean(), "warmup_steps": 5, "max_consecutive": 1000}
+    run = jax.jit(lambda norms, losses, _: make_run(True)(norms, losses, options))
+    skipped, thresholds = decide(norms, losses, run)
+    seen = [[], []]
+    distances = [[], []]
+    for step, pair in enumerate(np.float64([norms, losses]).T):
+        limits = [
+            np.mean(values) + 3 * np.mean(away) if len(values) >= 5 else np.inf
+            for values, away in zip(seen, distances, strict=True)
+        ]
+        np.testing.assert_allclose(thresholds[step], reference.reported(limits), rtol=1e-4)
+        bad = not np.all(np.isfinite(pair)) or np.any(pair > limits)
+        assert skipped[step] == bad, step
+        for value, values, away in zip(pair, seen, distances, strict=True):
+            if np.isfinite(value):
+                away.append(abs(value - (np.mean(values) if values else 0.0)))
+                values.append(value)
+    assert 20 < skipped.sum() < 200
+
+
+def test_the_state_of_another_rule_is_refused():
+    tx = smartclip.skip_spikes(optax.identity(), rule=distance_to_the_mean())
+    state = smartclip.skip_spikes(optax.identity()).init(jnp.ones(1))
+    with pytest.raises(ValueError, match=r"must have the fields \['number', 'sums'\], as the rule"):
+        tx.update(jnp.ones(1), state)
+
+
 @pytest.mark.parametrize("spike", [10.0, 1000.0, 1e30])
 def test_all_twenty_of_a_burst_are_dropped_where_mean_and_std_let_sixteen_pass(spike):
     for start in (70, 300, 1000):
@@ -581,6 +631,7 @@ NUMBERS = {
         (0, -1, 0.5, NAN, INF, 2**31, "3", True),
     ),
     "warmup_steps": ("a number of steps, >= 0", (-1, NAN, INF, 2**31, None, False)),
+    "rule": ("a ThresholdRule or None", ("median", 6.0, max)),
     "inner": (
         "a gradient transformation, as optax.adamw(3e-4) is",
         (None, "adam", 3, (), INIT_ALONE),

@@ -124,7 +124,7 @@ def test_a_choice_is_one_of_the_strings(value):
     with pytest.raises(
         ValueError, match=r"^`nonfinite` must be one of 'zero', 'propagate', got "
     ) as error:
-        checks.check_shared(0, None, value)
+        checks.check_clip_options(0, None, value)
     assert f"got {value!r}" in str(error.value)
 
 

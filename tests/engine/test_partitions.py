@@ -15,7 +15,7 @@ ARRAYS = [
 
 def test_whole_leaves_are_summed_by_group():
     partition = Leaves((1, 0, 1, 2, 0), 4)
-    plain, squares = jax.jit(partition.total)([(array, array**2) for array in ARRAYS])
+    plain, squares = jax.jit(partition.group_sums)([(array, array**2) for array in ARRAYS])
     for totals, power in ((plain, 1), (squares, 2)):
         sums = [np.sum(np.float64(array) ** power) for array in ARRAYS]
         expected = [sums[1] + sums[4], sums[0] + sums[2], sums[3], 0.0]
@@ -24,7 +24,7 @@ def test_whole_leaves_are_summed_by_group():
 
 def test_units_are_summed_by_their_axes_and_single_ones_come_first():
     partition = Units(((0,), None, None, (1,), (0, 2)))
-    plain, squares = jax.jit(partition.total)([(array, array**2) for array in ARRAYS])
+    plain, squares = jax.jit(partition.group_sums)([(array, array**2) for array in ARRAYS])
     for totals, power in ((plain, 1), (squares, 2)):
         powers = [np.float64(array) ** power for array in ARRAYS]
         expected = [
@@ -41,17 +41,17 @@ def test_units_are_summed_by_their_axes_and_single_ones_come_first():
 
 @pytest.mark.parametrize("values", [[1, 1, 1], [1, 0.5, 1], [0.1, 0.2, 0.3], [np.nan, 0.5, np.inf]])
 def test_each_leaf_gets_the_value_of_its_group(values):
-    spread = jax.jit(Leaves((2, 0, 1, 2), 3).spread)(jnp.float32(values))
+    spread = jax.jit(Leaves((2, 0, 1, 2), 3).per_array)(jnp.float32(values))
     np.testing.assert_array_equal(spread, np.float32(values)[[2, 0, 1, 2]])
 
 
 def test_each_array_gets_the_values_of_its_units():
     partition = Units((None, (0,), None))
     units = jnp.float32([[3.0, 4.0]])
-    first, rows, last = jax.jit(partition.spread)([jnp.float32([1.0, 2.0]), units])
+    first, rows, last = jax.jit(partition.per_array)([jnp.float32([1.0, 2.0]), units])
     np.testing.assert_array_equal([first, last], [1.0, 2.0])
     np.testing.assert_array_equal(rows, units)
-    np.testing.assert_array_equal(Units(((0,),)).spread([units])[0], units)
+    np.testing.assert_array_equal(Units(((0,),)).per_array([units])[0], units)
 
 
 def test_equal_partitions_hash_equal_so_that_a_compiled_function_is_found_again():
@@ -61,7 +61,7 @@ def test_equal_partitions_hash_equal_so_that_a_compiled_function_is_found_again(
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_only_a_cpu_takes_values_apart_behind_a_conditional(platform):
-    spread = jax.jit(Leaves((1, 0), 2).spread).trace(jnp.ones(2))
+    spread = jax.jit(Leaves((1, 0), 2).per_array).trace(jnp.ones(2))
     here, there = (
         spread.lower(lowering_platforms=(name,)).as_text().count("stablehlo.case")
         for name in ("cpu", platform)

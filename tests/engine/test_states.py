@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from trees import assert_same_bits
 
 import optax_smartclip as smartclip
-from optax_smartclip.engine.states import init_state, select_groups, state
+from optax_smartclip.engine.states import init_state, select_groups, state_dataclass
 
 PARAMS = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
 SCALES = np.random.default_rng(0).lognormal(size=8).astype(np.float32)
@@ -131,7 +131,7 @@ def test_what_stands_for_arrays_in_a_state_dict_is_restored_as_it_is(name, stand
     assert_same_bits(flax.serialization.from_state_dict(restored, arrays), current)
 
 
-@state
+@state_dataclass
 class Counter:
     """A rule's state as a user would write it."""
 

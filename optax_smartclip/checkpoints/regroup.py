@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from optax_smartclip.engine.metrics import GiveUpMetrics, NormMetrics
+from optax_smartclip.engine.metrics import RECORDS
 from optax_smartclip.engine.states import select_groups
 from optax_smartclip.engine.trees import leaves_by_name
 
@@ -29,7 +29,7 @@ def is_clipper(node: Any) -> bool:
     optimizer inside either of the two does not.
     """
     fields = _fields(node)
-    if any(fields.keys() == set(record._fields) for record in (NormMetrics, GiveUpMetrics)):
+    if any(fields.keys() == set(record._fields) for record in RECORDS):
         return True
     if "detector" in fields or "kept" in fields:
         return False

@@ -7,8 +7,7 @@ from typing import Any
 
 import jax
 
-from optax_smartclip.engine import checks
-from optax_smartclip.engine.regroup import (
+from optax_smartclip.checkpoints.regroup import (
     Clipper,
     Rows,
     as_array,
@@ -17,6 +16,7 @@ from optax_smartclip.engine.regroup import (
     kind,
     rebuild,
 )
+from optax_smartclip.engine import checks
 from optax_smartclip.engine.trees import KeyPath, PyTree, path_name
 
 Nodes = list[tuple[KeyPath, Any]]
