@@ -50,10 +50,16 @@ from contenders import (
     ADAPTIVE,
     AGC,
     AUTO,
+    FLOOR,
+    GIVE_UP,
     GLOBAL,
+    KEEP,
+    MEAN,
+    MICRO,
     NONE,
     OBSERVE,
     OPTIMIZERS,
+    PARTS,
     SKIP,
     STABLE,
     UPDATES,
@@ -155,6 +161,7 @@ def set_up() -> str:
 
 AUTO90, AUTO_PER_PARAM = "autoclip(90)", 'autoclip(scope="per_param")'
 SKIP_ALONE = "skip_spikes(tx)"
+EXTENSIONS = (OBSERVE, UPDATES, STABLE, FLOOR, GIVE_UP, KEEP, MEAN, MICRO)
 CLIPPERS: dict[str, Wrap] = {
     **{name: CONTENDERS[name] for name in (NONE, GLOBAL, ADAPTIVE, AUTO)},
     AUTO90: before(smartclip.autoclip(90.0)),
@@ -163,7 +170,7 @@ CLIPPERS: dict[str, Wrap] = {
     AGC: CONTENDERS[AGC],
     SKIP: CONTENDERS[SKIP],
     SKIP_ALONE: smartclip.skip_spikes,
-    **{name: CONTENDERS[name] for name in (OBSERVE, UPDATES, STABLE)},
+    **{name: CONTENDERS[name] for name in EXTENSIONS},
 }
 
 # What is compiled: which clippers, on which model, over how many devices.
@@ -218,7 +225,11 @@ def split(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 
 
 def compile_step(
-    model: str, tx: optax.GradientTransformation, mesh: Mesh, swap: bool
+    model: str,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    swap: bool,
+    parts: int | None = None,
 ) -> tuple[Any, int, float]:
     """The program, the bytes of parameters that a device holds, and seconds of compilation."""
     shapes = jax.tree.leaves(MODELS[model](), is_leaf=is_shape)
@@ -234,6 +245,14 @@ def compile_step(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     params = jax.tree.map(param, MODELS[model](), is_leaf=is_shape)
+
+    def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if parts is None:
+            return leaf
+        sharding = NamedSharding(mesh, PartitionSpec(None, *leaf.sharding.spec))
+        return jax.ShapeDtypeStruct((parts, *leaf.shape), leaf.dtype, sharding=sharding)
+
+    grads = jax.tree.map(stacked, params)
     state = jax.tree.map(in_state, jax.eval_shape(tx.init, params))
 
     def step(params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
@@ -248,7 +267,7 @@ def compile_step(
         donate_argnums=(0, 1),
         out_shardings=jax.tree.map(lambda leaf: leaf.sharding, (params, state)),
     )
-    arguments = (state, params, params) if swap else (params, state, params)
+    arguments = (state, params, grads) if swap else (params, state, grads)
     jax.clear_caches()
     start = time.perf_counter()
     compiled = jitted.trace(*arguments).lower().compile()
@@ -261,7 +280,7 @@ def measure(device: str, model: str, count: int, clipper: str, swap: bool) -> Ro
     """Compiles a step and reads the program."""
     mesh = Mesh(np.array(describe(device, count)), ("devices",))
     tx = CLIPPERS[clipper](OPTIMIZERS[optimizer_of(model)]())
-    compiled, held, seconds = compile_step(model, tx, mesh, swap)
+    compiled, held, seconds = compile_step(model, tx, mesh, swap, PARTS.get(clipper))
     program = ProgramText(compiled.as_text())
     operations = program.operations()
     return Row(

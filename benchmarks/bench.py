@@ -53,17 +53,24 @@ from contenders import (
     AGC,
     ALONE,
     AUTO,
+    FLOOR,
+    GIVE_UP,
     GLOBAL,
+    KEEP,
+    MEAN,
+    MICRO,
     NONE,
     OBSERVE,
-    OPTIMIZERS_TOO,
+    PARTS,
     PER_PARAM,
     SGD,
+    SKIP,
     STABLE,
     UPDATES,
     WINDOW128,
     WINDOW1024,
     WINDOW65536,
+    WITH_OWN_STATE,
     Wrap,
     before,
     is_chosen,
@@ -182,9 +189,17 @@ CLIPPERS: dict[str, Wrap] = {
 HOST_STEPS = {FETCHED: norm_on_the_host, EAGER: eager_smartclip}
 LESS_THAN_AGC = ("agc(), no report",)
 ON_SOME_MODELS = (*LESS_THAN_AGC, PER_LAYER, STACKS)
-REFERENCES = {WINDOW65536: WINDOW128, OBSERVE: AUTO, UPDATES: AUTO, STABLE: NONE} | dict.fromkeys(
-    (AGC, *LESS_THAN_AGC), ADAPTIVE
-)
+REFERENCES = {
+    WINDOW65536: WINDOW128,
+    OBSERVE: AUTO,
+    UPDATES: AUTO,
+    FLOOR: AUTO,
+    STABLE: NONE,
+    KEEP: NONE,
+    GIVE_UP: SKIP,
+    MICRO: MEAN,
+    **dict.fromkeys((AGC, *LESS_THAN_AGC), ADAPTIVE),
+}
 
 # What is measured by default: which clippers, on which model, before which optimizer.
 CELLS: dict[tuple[str, str], tuple[str, ...]] = {
@@ -208,7 +223,7 @@ QUICK = {(TOY, ADAMW): (NONE, AUTO, WINDOW1024), (GPT24, ADAMW): (NONE, AUTO)}
 COMPILATIONS = {(GPT24, ADAMW, label): 3 for label in (GLOBAL, LEAST, ENGINE, AUTO)} | {
     (model, ADAMW, STACKS): 3 for model in (STACK128, STACK4)
 }
-COMPARED = Contenders(CLIPPERS, OPTIMIZERS_TOO, HOST_STEPS, REFERENCES, COMPILATIONS)
+COMPARED = Contenders(CLIPPERS, WITH_OWN_STATE, PARTS, HOST_STEPS, REFERENCES, COMPILATIONS)
 
 
 # The targets.
@@ -262,7 +277,7 @@ def check_targets(rows: list[Row]) -> list[Target]:
 
     # Where each leaf has a window, some of it is for the windows. Updates that are judged after
     # they are computed have to be held until then.
-    larger = (PER_PARAM, UPDATES, STABLE)
+    larger = (PER_PARAM, UPDATES, STABLE, KEEP)
     excess = {
         row: row.temp - by_name[row.model, row.optimizer, row.reference].temp
         for row in rows

@@ -1,7 +1,10 @@
 """The clippers and optimizers whose cost the benchmarks compare, by the names in their tables."""
 
 from collections.abc import Callable
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 import optax_smartclip as smartclip
@@ -12,6 +15,16 @@ Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
 def before(clipper: optax.GradientTransformation) -> Wrap:
     """Puts a clipper before an optimizer."""
     return lambda optimizer: optax.chain(clipper, optimizer)
+
+
+def mean_over_parts() -> optax.GradientTransformation:
+    """The mean over the first axis of each leaf, along which parts of a batch are stacked."""
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, Any]:
+        del params
+        return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), updates), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
 def percentile(size: int, scope: str = "global") -> Wrap:
@@ -27,6 +40,9 @@ PER_PARAM = "autoclip(90, window=1024, per_param)"
 ZSCORE, SKIP = "zscore_clip()", "skip_spikes(chain(autoclip(), tx))"
 OBSERVE, UPDATES = "observe_norms(), autoclip()", "tx, autoclip()"
 STABLE = "stable_adamw"
+KEEP, FLOOR = "keep_last_good(tx)", "autoclip(min_scale=0.001)"
+GIVE_UP = "skip_spikes(chain(autoclip(), tx), give_up_after=8)"
+MEAN, MICRO = "mean of 4 parts, autoclip()", "clip_micro_batches(autoclip())"
 
 CLIPPERS: dict[str, Wrap] = {
     NONE: lambda optimizer: optimizer,
@@ -47,9 +63,18 @@ CLIPPERS: dict[str, Wrap] = {
     OBSERVE: before(optax.chain(smartclip.observe_norms(), smartclip.autoclip())),
     UPDATES: lambda optimizer: optax.chain(optimizer, smartclip.autoclip()),
     STABLE: lambda _: smartclip.stable_adamw(3e-4),
+    FLOOR: before(smartclip.autoclip(min_scale=1e-3)),
+    GIVE_UP: lambda optimizer: smartclip.skip_spikes(
+        optax.chain(smartclip.autoclip(), optimizer), give_up_after=8
+    ),
+    KEEP: lambda optimizer: smartclip.keep_last_good(optimizer, every=1000),
+    MEAN: before(optax.chain(mean_over_parts(), smartclip.autoclip())),
+    MICRO: before(smartclip.clip_micro_batches(smartclip.autoclip())),
 }
-# In place of the optimizer, with a state of their own.
-OPTIMIZERS_TOO = (STABLE,)
+# Their states hold more, or something else, than one state of the optimizer.
+WITH_OWN_STATE = (STABLE, KEEP)
+# How many parts the gradient has that a step is given.
+PARTS = {MEAN: 4, MICRO: 4}
 
 ADAMW, ADAM, SGD, ALONE = "adamw", "adam", "sgd", "alone"
 OPTIMIZERS = {

@@ -18,7 +18,8 @@ class Contenders(NamedTuple):
 
     Attributes:
         wraps: Steps that are one program.
-        own_state: Those of `wraps` that keep a state of their own in place of the optimizer's.
+        own_state: Those of `wraps` whose states cannot share that of the optimizer.
+        parts: How many parts of a batch the gradient of a step is stacked from, if it is.
         host_steps: From an optimizer to a step that is more than one program.
         references: What a step is compared with, if not with a fixed limit.
         compilations: How often a step is compiled, by model, optimizer and name, if not once.
@@ -26,6 +27,7 @@ class Contenders(NamedTuple):
 
     wraps: Mapping[str, Wrap]
     own_state: Collection[str]
+    parts: Mapping[str, int]
     host_steps: Mapping[str, Callable[[optax.GradientTransformation], Step]]
     references: Mapping[str, str]
     compilations: Mapping[tuple[str, str, str], int]
@@ -38,7 +40,8 @@ class Contenders(NamedTuple):
         """A step of that name, compiled."""
         if name in self.host_steps:
             return HostProgram(world, self.host_steps[name])
-        return Program(world, self.wraps[name], shares_state=name not in self.own_state)
+        shares_state = name not in self.own_state
+        return Program(world, self.wraps[name], shares_state, self.parts.get(name))
 
 
 class Row(NamedTuple):

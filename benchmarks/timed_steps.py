@@ -46,9 +46,19 @@ class World:
     def __init__(self, shapes: Tree, optimizer: optax.GradientTransformation, alone: bool):
         self.params = random_tree(shapes, 0, 0.02)
         self.grads = random_tree(shapes, 1, 0.01)
+        self.shapes, self.parts = shapes, {}
         self.optimizer = optimizer
         self.opt_state = optimizer.init(self.params)
         self.alone = alone
+
+    def grads_of(self, parts: int | None) -> Tree:
+        """The gradient, or as many of them, stacked."""
+        if parts is None:
+            return self.grads
+        if parts not in self.parts:
+            stacked = jax.tree.map(lambda shape: (parts, *shape), self.shapes, is_leaf=is_shape)
+            self.parts[parts] = random_tree(stacked, 1, 0.01)
+        return self.parts[parts]
 
 
 class Program:
@@ -58,8 +68,11 @@ class Program:
     keeps another in its place.
     """
 
-    def __init__(self, world: World, wrap: Wrap, shares_state: bool = True):
+    def __init__(
+        self, world: World, wrap: Wrap, shares_state: bool = True, parts: int | None = None
+    ):
         self.world = world
+        self.grads = world.grads_of(parts)
         self.tx = wrap(world.optimizer)
         # The optimizer's state goes where a transformation in its place leaves this mark.
         mark = object()
@@ -83,7 +96,7 @@ class Program:
         state = self.full_state()
         jax.clear_caches()
         start = time.perf_counter()
-        lowered = jax.jit(step, donate_argnums=donated).lower(world.params, state, world.grads)
+        lowered = jax.jit(step, donate_argnums=donated).lower(world.params, state, self.grads)
         self.call = lowered.compile()
         self.compile_times.append(time.perf_counter() - start)
 
@@ -97,7 +110,7 @@ class Program:
     def run(self, steps: int) -> float:
         """Seconds per step."""
         world, call = self.world, self.call
-        params, state, grads = world.params, self.full_state(), world.grads
+        params, state, grads = world.params, self.full_state(), self.grads
         start = time.perf_counter()
         if world.alone:
             for _ in range(steps):

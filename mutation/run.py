@@ -49,8 +49,8 @@ MODULES = {
         "stable_adamw where_skipped zclip zscore_clip"
     ),
     "engine": (
-        "checks culprits dtypes groups known_norms learning meshes metrics norm_of norms partitions "
-        "rule scaling stacks states trees units"
+        "checks culprits dtypes groups known_norms learning meshes metrics norm_of norms "
+        "partitions rule scaling stacks states trees units"
     ),
     "checkpoints": "graft regroup",
 }
