@@ -88,7 +88,7 @@ links: $(VENV)/docs ## Check the links that leave the site.
 	$(BIN)/sphinx-build -b linkcheck docs docs/_build/links
 
 colabs: $(VENV)/colabs ## Run every notebook from top to bottom, in a copy.
-	$(BIN)/python colabs/execute.py --check
+	$(BIN)/python docs/colabs/execute.py --check
 
 wheel: ## Build the wheel of a clean tree and install it into an empty environment.
 	rm -rf dist && mkdir dist
@@ -100,7 +100,7 @@ wheel: ## Build the wheel of a clean tree and install it into an empty environme
 	cd dist && venv/bin/python -c "import optax_smartclip as s; print(s.__version__, s.autoclip())"
 
 clean: ## Remove all that these targets make.
-	rm -rf $(VENV) $(LOWEST) $(LINT) $(ACCELERATORS) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist docs/_build docs/colabs
+	rm -rf $(VENV) $(LOWEST) $(LINT) $(ACCELERATORS) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist docs/_build
 
 # A stamp per set of extras, renewed when the dependencies change.
 $(VENV)/test $(VENV)/demo $(VENV)/study $(VENV)/docs $(VENV)/colabs $(VENV)/mutation: $(VENV)/%: pyproject.toml | $(BIN)/uv

@@ -2,11 +2,8 @@
 
 import importlib.util
 import os
-import shutil
 import sys
 from pathlib import Path
-
-from sphinx.application import Sphinx
 
 import optax_smartclip
 
@@ -34,12 +31,8 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 myst_dmath_double_inline = True
 
-# Notebooks lie in colabs/, outside of this folder, with their outputs; they are not run here.
+# The notebooks have their outputs. `make colabs` runs them.
 nb_execution_mode = "off"
-shutil.rmtree(HERE / "colabs", ignore_errors=True)
-for _notebook in sorted((HERE.parent / "colabs").glob("*.ipynb")):
-    (HERE / "colabs").mkdir(exist_ok=True)
-    shutil.copy(_notebook, HERE / "colabs")
 
 # Docstrings.
 autodoc_member_order = "bysource"
@@ -80,7 +73,7 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
 }
-# Where the repository is, CI says.
+# The address of the repository, which CI sets. With it, notebooks have a button that opens Colab.
 if "GITHUB_REPOSITORY" in os.environ:
     html_theme_options |= {
         "repository_url": "https://github.com/" + os.environ["GITHUB_REPOSITORY"],
@@ -89,18 +82,9 @@ if "GITHUB_REPOSITORY" in os.environ:
         "use_repository_button": True,
         "use_edit_page_button": True,
         "use_issues_button": True,
+        "launch_buttons": {"colab_url": "https://colab.research.google.com"},
     }
 
 # `make links`, where there is a network.
 linkcheck_ignore = [r"https://doi\.org/"]  # Publishers refuse programs.
 linkcheck_anchors = False
-
-
-def setup(app: Sphinx) -> None:
-    """Leaves out the list of notebooks as long as there are none, which would be a warning."""
-
-    def without_empty_list(app: Sphinx, docname: str, source: list[str]) -> None:
-        if docname == "notebooks" and not (HERE / "colabs").exists():
-            source[0] = source[0].partition("```{toctree}")[0]
-
-    app.connect("source-read", without_empty_list)

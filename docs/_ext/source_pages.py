@@ -25,15 +25,12 @@ LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
 
 def mark_links(app: Sphinx, docname: str, source: list[str]) -> None:
     """Gives links to files outside of docs/ a scheme of their own."""
-    # Notebooks are copied into docs/ and link as from where they lie.
-    folder = (ROOT if docname.startswith("colabs/") else Path(app.srcdir)) / Path(docname).parent
     docs = Path(app.srcdir)
+    folder = docs / Path(docname).parent
 
     def mark(match: re.Match[str]) -> str:
         path, fragment = match.group(1), match.group(2) or ""
         file = (folder / path).resolve()
-        if docname.startswith("colabs/") and file.is_relative_to(docs):
-            return "../" + file.relative_to(docs).as_posix() + fragment
         if file.is_file() and file.is_relative_to(ROOT) and not file.is_relative_to(docs):
             return f"{SCHEME}{file.relative_to(ROOT).as_posix()}{fragment}"
         return match.group()
