@@ -50,7 +50,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     "zero": {"color": "black", "marker": "+"},
 }
 
-# Of neighbouring areas, one is darker than the other.
+# One of two neighbouring areas is darker than the other.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#F0E442", "#D55E00", "#56B4E9", "#CC79A7")
 
 # As much as a picture has room for. A column of a heat map is a pixel wide at least, so that no

@@ -61,13 +61,12 @@ def adagc(
 ) -> optax.GradientTransformationExtraArgs:
     """AdaGC: keeps each tensor near the average of its norms, with the published defaults.
 
-    *The current norm is left out* of the average that judges it, and *what is recorded is the
-    clipped norm*. As each tensor is scaled on its own, the direction of the whole gradient
-    changes.
+    *The current norm is left out* of the average that judges it, and *the clipped norm is
+    recorded*. Each tensor is scaled on its own, so the direction of the whole gradient changes.
 
-    Know what this asks for. It is no clipper of rare events: on norms that vary by 20 % it cuts
-    two steps of three, by 18 % on average. And as published, **a threshold can rise by at most
-    0.04 % a step** (1.04 times a norm, of which the average takes 1 %): it takes more than 5,000
+    Note that this is not an outlier clipper: on norms that vary by 20 % it cuts two steps of three,
+    by 18 % on average. And as published, **a threshold can rise by at most 0.04 % a step** (the
+    average takes 1 % of a norm that is at most 1.04 times as large): it takes more than 5,000
     steps to follow a tenfold rise of constant norms, and more than 9,000 to get from
     `absolute_clip` to norms 50 times as large. `record_limit=3.0` mends this: norms are then
     recorded as at most three times the average, which follows a tenfold rise in some 250 steps.
@@ -77,7 +76,7 @@ def adagc(
 
     Args:
         relative_clip: What each average is multiplied by to give the threshold, > 0.
-        decay: Of the moving average per step, in [0, 1).
+        decay: The decay of the moving average per step, in [0, 1).
         absolute_clip: In warm-up, what the norm of the whole gradient (of all groups together) is
             cut to, > 0; None to cut nothing, so that a spike passes as it is.
         record_limit: None, or as how many times the average a norm is recorded at most, > 0: what

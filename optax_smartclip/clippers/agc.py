@@ -67,9 +67,9 @@ def agc(
     default has been reported to harm: 38.5 instead of 79.3 % top-1 for a ViT-B on ImageNet
     (`arXiv 2502.17055 <https://arxiv.org/abs/2502.17055>`_, version 3).
 
-    A unit is what computes one output feature: a column of a Flax kernel, a filter of a
-    convolution. Vectors, and what is a vector but for axes of size 1, are one unit. Brock et al.
-    leave the last linear layer alone: `mask=masks.except_paths("head")`.
+    A unit computes one output feature: a column of a Flax kernel, a filter of a convolution. A
+    vector (ignoring axes of size 1) is a single unit. Brock et al. leave the last linear layer
+    alone: `mask=masks.except_paths("head")`.
 
     Args:
         clipping: The largest ratio of gradient norm to weight norm, > 0.
@@ -82,7 +82,7 @@ def agc(
             the first), or a function of a leaf's key path and shape that returns an int or a
             tuple (`()` makes the leaf one unit). None is the rule of `optax.adaptive_grad_clip`,
             which goes by rank: the last axis of matrices and convolutions, the last two of
-            rank 3. Of a stacked leaf, these are axes of one slice, and the shape is that of one.
+            rank 3. For a stacked leaf, axes and shape are those of one slice.
         stacked: Axes that count layers, each of which has its own units (or groups); see
             `clip_by_rule`.
         mask: Which leaves are clipped; see `clip_by_rule`.

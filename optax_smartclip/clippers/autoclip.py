@@ -88,9 +88,9 @@ def autoclip(
     Without a percentile (the auto mode), a norm is cut to the fence `q50 + 2.5 * (q50 - q25)`,
     where q50 and q25 are the median and the lower quartile of the last 48 raw norms, *the current
     one left out*. There is no number to set: the fence scales with the gradient and follows a
-    change of its level within some 25 steps, and norms above the median, where spikes are, have
-    no say in it. About one step of ten is cut by a little where norms are noise, and more where
-    their upper tail is heavy, which steadies the step. Until there are 10 norms, the threshold is
+    change of its level within some 25 steps, and norms above the median, where spikes are, do not
+    move it. Where norms are noise, about one step of ten is cut by a little. Where their upper tail
+    is heavy, more are, which steadies the step. Until there are 10 norms, the threshold is
     1.5 times their median; only the first step of a run has nothing to be compared with.
 
     With `outliers_only=True`, ordinary noise is left alone: the threshold is
@@ -99,11 +99,11 @@ def autoclip(
 
     With a percentile, gradients are cut to that percentile of the last 1,024 raw norms, *the
     current one included*, as in the AutoClip paper (which keeps all norms ever seen; use
-    `ring_buffer(steps)` for the same). Note what this asks for: `autoclip(10.0)`, the paper's
+    `ring_buffer(steps)` for the same). Note that `autoclip(10.0)`, the paper's
     recommendation, scales down 90 % of all steps.
 
-    In all of them the raw norm is what is recorded, clipped or not, so that a lasting change is
-    learnt; zero, NaN and Inf never are. (The paper's code records zeros.)
+    All of them record the raw norm, clipped or not, so that they learn a lasting change. They never
+    record zero, NaN or Inf. (The paper's code records zeros.)
 
     Args:
         percentile: In [0, 100], or None for the auto mode.
@@ -157,9 +157,7 @@ def autoclip(
     else:
         checks.check_number("percentile", percentile, 0.0, 100.0, allowed="in [0, 100], or None")
         if outliers_only:
-            raise ValueError(
-                "`outliers_only` must be False with a percentile, which says what is cut, got True."
-            )
+            raise ValueError("`outliers_only` must be False with a percentile, got True.")
         history = ring_buffer(_PERCENTILE_WINDOW) if history is None else history
         rule = percentile_rule(history, percentile)
         warmup_steps = 0 if warmup_steps is None else warmup_steps

@@ -89,12 +89,12 @@ def clip_micro_batches(
     costs its own share, and the others count as much as they did (with the clipper's
     `nonfinite="zero"`).
 
-    This is an aggregator: `update` takes more gradients than it returns. Put it first in a chain,
-    and a clipper behind it to clip the mean as well. Where Optax has
+    This is an aggregator: `update` takes more gradients than it returns. Put it first in a chain.
+    Add a clipper after it to clip the mean as well. Where Optax has
     `optax.experimental.aggregating`, it is an `Aggregator` of that module, for its `process`.
 
-    Where the micro-batches' gradients are not there at a time, as in a loop that adds them up,
-    `clipper.update` in the loop does the same, with its state in what the loop carries.
+    In a loop that adds gradients up, where only one is there at a time, call `clipper.update` in
+    the loop and carry its state. The result is the same.
 
     Args:
         clipper: `autoclip(...)`, `zscore_clip(...)`, `zclip(...)`, `adagc(...)` or

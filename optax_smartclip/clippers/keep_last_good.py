@@ -59,10 +59,10 @@ class KeptState:
     """What `keep_last_good` keeps.
 
     Attributes:
-        copies: Two pairs of parameters and inner state. Of the latter, tuples stand for named
+        copies: Two pairs of parameters and inner state. In the inner state, tuples replace named
             tuples, dataclasses and dictionaries, so that `metrics` and `optax.tree.get` find each
             name once: in the state of the optimizer.
-        ages: For each copy, how many steps it is behind; -1 if it has not been taken.
+        ages: The age of each copy in steps; -1 if it has not been taken.
         last: The record of the last step, whose `rate_scale` multiplies the updates.
     """
 
@@ -94,7 +94,7 @@ def keep_last_good(
     """Wraps an optimizer so that its state has copies of the parameters and of itself.
 
     `smartclip.restore_last_good` returns to a copy within a compiled step, when the program says
-    so. It is no cure: if the model or the rate is what makes training fail, it fails again.
+    so. It is not a cure: if training fails because of the model or the rate, it fails again.
 
     A copy is taken at the start of the first step and then every `every` steps. It waits while
     parameters or gradient are not finite or have a norm over about 1e19, or if `skip_spikes` inside
@@ -168,7 +168,7 @@ def keep_last_good(
     ) -> tuple[PyTree, LastGoodState]:
         check_is_state(state, LastGoodState)
         if params is None:
-            raise ValueError("`params` must be passed to `update`: they are what is kept.")
+            raise ValueError("`params` must be passed to `update`, which keeps copies of them.")
         kept, now = state.kept, (params, state.inner_state)
         _check_same_kinds(now, kept.copies[0])
         is_due = has_reached(_steps_since_copy(kept.ages), every) & ~_was_bad(state.inner_state)
@@ -209,8 +209,8 @@ def restore_last_good(
     counts, schedules, and what `skip_spikes` and clippers inside know, their metrics included. The
     copies are not used up, so that one can return again. Before the first copy nothing changes.
 
-    What is outside of the optimizer, such as batch statistics, stays as it is. The data goes on: do
-    not feed the same batches again.
+    Values outside of the optimizer, such as batch statistics, stay as they are. So does the place
+    in the data: do not feed the same batches again.
 
     Args:
         params: The parameters after `optax.apply_updates`.

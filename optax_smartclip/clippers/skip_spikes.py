@@ -48,8 +48,8 @@ _QUARTILES = (25.0, 50.0, 75.0)
 # The distance between the quartiles of normally distributed values, in standard deviations.
 _IQR = 1.349
 
-# The smallest spread, in units of the median: constant values have none, and their rounding noise
-# is no spike. Losses in bfloat16 are up to 0.8 % apart, which has to be less than six of these.
+# The smallest spread, in units of the median, so that rounding noise on constant values is not a
+# spike. Losses in bfloat16 are up to 0.8 % apart, and that must stay below six spreads.
 _MIN_SPREAD = 0.003
 
 
@@ -153,9 +153,9 @@ def skip_spikes(
     A lasting rise of norm or loss is dropped too, at first: until it is a quarter of what the
     window holds, or for `max_consecutive` steps, after which one step is let through, however
     large, and so on. Steps that are not finite are dropped always, and do not count among these.
-    A norm of zero is no spike and is not remembered.
+    A norm of zero is not a spike and is not recorded.
     Note that batches which always stand out, and are fewer than a quarter of all, are always
-    dropped, be they spikes or the only ones of their kind.
+    dropped, even if they are legitimate but rare.
 
     With `give_up_after`, the metric `exhausted` is true from that many bad steps in a row on, and
     until a step is neither a spike nor NaN or Inf. A training loop can then stop or return to an
@@ -306,7 +306,7 @@ def skip_spikes(
         skip = invalid | (spike & ~may_pass)
         judged = ~invalid & jnp.any(given)
 
-        # Zeros in place of what is dropped, so that no NaN of the gradient is computed with.
+        # Zeros in place of a dropped gradient, so that nothing is computed from its NaN.
         passed_on = _zero_where(skip, updates)
         arrays = list(clippable_leaves(passed_on, takes_part).values())
         with known_norm(arrays, jnp.where(skip, 0.0, norm), axis_name):

@@ -1,4 +1,4 @@
-"""StableAdamW: AdamW whose step is shorter for a tensor that the second moment lags behind.
+"""StableAdamW: AdamW with a shorter step for a tensor whose gradient exceeds its second moment.
 
     RMS = sqrt(mean(g ** 2 / max(v, eps ** 2)))        for each tensor, v with g in it
     rate / max(1, RMS)                                 for Adam's step and for the weight decay
@@ -143,7 +143,7 @@ def scale_by_stable_adam(
     """Adam's step and decoupled weight decay, both divided by `max(1, RMS)` of each tensor.
 
     The weight decay is an argument here, and not the next link of the chain as in `optax.adamw`:
-    the rule divides the learning rate, by which both are multiplied, and a link behind this one
+    the rule divides the learning rate, by which both are multiplied, and a later link
     does not know the divisor.
 
     Only the step is shorter. *The moments take in the gradient as it is*: a spike pulls the steps
@@ -156,7 +156,7 @@ def scale_by_stable_adam(
         eps: Added to the root of the second moment, which also counts as no smaller than this in
             the RMS; > 0, in the unit of the gradient.
         mu_dtype: The dtype of the first moments; None is float32, or that of the parameters if it
-            is wider. That of the second moments is this always.
+            is wider. The second moments always have this dtype.
         weight_decay: What the parameters are multiplied by before they are added to the step, >= 0.
         mask: Which leaves decay: a tree of bools with the structure of the parameters, a prefix of
             it, or a function of the parameters (of one slice of each stacked leaf) that returns

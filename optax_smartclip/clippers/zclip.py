@@ -1,4 +1,4 @@
-"""ZClip: what is many standard deviations above the mean is cut, and cut further the larger it is.
+"""ZClip: a norm many standard deviations above the mean is cut, the further the larger it is.
 
 With z = (norm - mean) / std, of the norms before, a norm with z > zmax is cut to
 
@@ -6,7 +6,7 @@ With z = (norm - mean) / std, of the norms before, a norm with z > zmax is cut t
     mean                                "mean"
     mean + zmax * std                   "max"
 
-and what is recorded is the norm that was let through, r:
+and the norm that was let through, r, is recorded:
 
     mean <- decay * mean + (1 - decay) * r
     std  <- sqrt(decay * std ** 2 + (1 - decay) * (r - mean) ** 2)      with the new mean
@@ -63,27 +63,27 @@ def zclip(
 ) -> optax.GradientTransformationExtraArgs:
     """ZClip: clips outliers to near the mean of recent norms, with the published defaults.
 
-    *The current norm is left out* of the statistics that judge it, and *what is recorded is the
-    clipped norm* (before `max_norm`). The mean and standard deviation start as those of the first
+    *The current norm is left out* of the statistics that judge it, and *the clipped norm is
+    recorded* (before `max_norm`). The mean and standard deviation start as those of the first
     `warmup_steps` norms, which are recorded as they are.
 
     Note two of the defaults. `max_norm=1.0` makes this `clip_by_global_norm(1.0)` as well; None
-    leaves only what is learnt, and nothing in warm-up. And as published, the rule **locks up after
-    an abrupt rise**: each norm at the new level is cut to nearly the mean and recorded as that, so
-    the standard deviation shrinks and no later norm can pass. A norm that doubles at once can be
-    clipped for ever. `record_limit=3.0` mends this: it records such norms as 3 standard deviations
-    above the mean, whatever they are clipped to.
+    leaves only the learnt threshold, and none in warm-up. And as published, the rule **locks up
+    after an abrupt rise**: each norm at the new level is cut to nearly the mean and recorded as
+    that, so the standard deviation shrinks and no later norm can pass. A norm that doubles at once
+    can be clipped for ever. `record_limit=3.0` mends this: it records such norms as 3 standard
+    deviations above the mean, whatever they are clipped to.
 
-    A difference to the publication: zeros, NaN and Inf are not recorded (there, the first NaN
+    One difference from the publication: zeros, NaN and Inf are not recorded (there, the first NaN
     switches clipping off for good).
 
     Args:
         zmax: Standard deviations above the mean at which to clip, >= 0.
-        decay: Of the moving averages per step, in [0, 1).
-        clip_to: What an outlier is cut to: `"reciprocal"`, `"mean"` or `"max"`, as above.
-        clip_factor: What the target of `"reciprocal"` is multiplied by, in (0, 1].
-        record_limit: None, or at how many standard deviations above the mean (each at least 1 %
-            of it) a norm is recorded at most, > 0: what is clipped then has no influence on it.
+        decay: The decay of the moving averages per step, in [0, 1).
+        clip_to: The target for an outlier: `"reciprocal"`, `"mean"` or `"max"`, as above.
+        clip_factor: A factor for the target of `"reciprocal"`, in (0, 1].
+        record_limit: A cap on recorded norms, in standard deviations above the mean (each at least
+            1 % of it), > 0; None records the clipped norm.
         scope: Which leaves share one norm; see `clip_by_rule`.
         stacked: Axes that count layers, each with a norm of its own; see `clip_by_rule`.
         mask: Which leaves take part; see `clip_by_rule`.

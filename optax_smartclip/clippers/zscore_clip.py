@@ -1,4 +1,4 @@
-"""Z-score clipping: clip what is many standard deviations above the mean of recent norms.
+"""Z-score clipping: clip norms many standard deviations above the mean of recent norms.
 
     threshold = mean + zmax * std        of the norms before the current one
 
@@ -53,7 +53,7 @@ def zscore_clip(
     """Clips gradients to the mean plus `zmax` standard deviations of the norms before them.
 
     *The current norm is left out*: a mean that already includes a spike lets a third of it pass.
-    *What is recorded is the norm, but at most mean + 3 std*: a spike cannot inflate the moments,
+    *The norm is recorded, but at most mean + 3 std*: a spike cannot inflate the moments,
     and a lasting rise is still followed.
 
     The moments of the first `1 / (1 - decay)` norms are plain averages. The first norm counts as
@@ -62,8 +62,8 @@ def zscore_clip(
 
     Args:
         zmax: Standard deviations above the mean at which to clip, >= 0.
-        decay: Of the moving averages per step, in [0, 1). 0.99 remembers about 100 norms. If
-            `optax.inject_hyperparams` has rounded it to 1 (bfloat16 does so from 0.998), the
+        decay: The decay of the moving averages per step, in [0, 1). 0.99 remembers about 100 norms.
+            If `optax.inject_hyperparams` has rounded it to 1 (bfloat16 does so from 0.998), the
             nearest decay that could have been meant is used: 0.999.
         scope: Which leaves share one norm; see `clip_by_rule`.
         stacked: Axes that count layers, each with a norm of its own; see `clip_by_rule`.

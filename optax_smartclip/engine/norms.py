@@ -141,7 +141,7 @@ def _range(dtype: Any) -> tuple[float, float]:
 
 def _read_at_three_scales(read: Reader, dtype: Any) -> GroupValues:
     factor, floor = _range(dtype)
-    # Not constants, which the compiler may square, and overflow.
+    # Constants would overflow: the compiler may square them.
     up, down = jax.lax.optimization_barrier(
         (jnp.asarray(factor, dtype), jnp.asarray(1 / factor, dtype))
     )
@@ -234,7 +234,7 @@ def _group_norms_jvp(
     return norms, changes
 
 
-# Or eager steps would trace it every time.
+# Without jit, eager steps would trace it every time.
 _compiled_group_norms = jax.jit(_group_norms, static_argnums=(0, 1))
 
 
@@ -248,7 +248,7 @@ def has_gradient(norms: Float[Array, " *groups"]) -> Bool[Array, " *groups"]:
 
 
 def shares(norms: Float[Array, "*steps groups"]) -> Float32[Array, "*steps groups"]:
-    """Of the squared norm of all groups together; 0 for all if all norms are.
+    """The share of each group in the squared norm of all; 0 if all norms are 0.
 
     Norms that are not finite share it among themselves.
     """

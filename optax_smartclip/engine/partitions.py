@@ -61,7 +61,7 @@ class Stack(NamedTuple):
 
     Attributes:
         axes: In the order in which their indices number the groups; none for a whole array.
-        shape: That of the array, if it is stacked.
+        shape: The shape of the array, if it is stacked.
     """
 
     axes: tuple[int, ...] = ()
@@ -94,7 +94,7 @@ class Stack(NamedTuple):
         return jnp.expand_dims(jnp.transpose(values.reshape(self.sizes), places), self.within)
 
     def within_parts(self, shape: tuple[int, ...], axis: int) -> "Stack":
-        """That of an array of this shape, which holds parts along an axis: each is sliced so."""
+        """The stack of an array of this shape that holds parts along an axis, each sliced so."""
         axis %= len(shape)
         return Stack((axis, *(each + (each >= axis) for each in self.axes)), shape)
 

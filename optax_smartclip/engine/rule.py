@@ -54,7 +54,7 @@ class Clipper(optax.GradientTransformationExtraArgs):  # type: ignore[misc]
     """A clipper with a history, the steps of which can be taken one by one.
 
     Attributes:
-        steps: Those of `update`.
+        steps: The steps of `update`.
     """
 
     steps: ClipSteps
@@ -93,7 +93,7 @@ def clip_by_rule(
         stacked: Along which axes a leaf is to be taken for several, as in a model that scans over
             its layers: each index is a group of its own, which leaves of the same scope share. A
             mapping from a regular expression, searched for in paths such as `layers/mlp/kernel`,
-            to an axis or a tuple of axes, of which the first that matches counts, as in
+            to an axis or a tuple of axes, where the first match counts, as in
             `{"layers/.*experts": (0, 1), "layers": 0}`; or a function of a leaf's key path and
             shape that returns an axis, a tuple of axes or None.
         mask: Which leaves take part, as in `optax.masked`: a tree of bools with the structure of
@@ -103,9 +103,9 @@ def clip_by_rule(
             `optax_smartclip.masks`.
         norm_of: None, or a function of the gradient and the parameters that returns the tree whose
             norms are taken in place of the gradient's: one with its structure and shapes, such as
-            each leaf times the RMS of its parameter. What is scaled is the gradient; thresholds,
-            `max_norm` and the metrics are of the other norm. `update` then needs `params`. Under
-            `shard_map`, the function is given what is on one device.
+            each leaf times the RMS of its parameter. The gradient is scaled; thresholds, `max_norm`
+            and the metrics refer to the other norm. `update` then needs `params`. Under
+            `shard_map`, the function is given the part of one device.
         warmup_steps: How many positive, finite norms a group has observed before the rule may clip
             it. They are recorded. A number >= 0.
         max_norm: A ceiling on the norm of every group that always holds, in warm-up too, unless

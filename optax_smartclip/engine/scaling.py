@@ -123,9 +123,9 @@ def scale_array(
 ) -> Inexact[Array, "*shape"]:
     """Multiplies in at least float32 and returns the dtype of `array`.
 
-    Where the scale is negative, as of a norm that is not finite, the result is zero or, with
-    `nonfinite="propagate"`, the array itself. Where it is that of a marked zero, the result is the
-    array itself too, whose elements may be too small for a norm.
+    A negative scale stands for a norm that is not finite: the result is zero or, with
+    `nonfinite="propagate"`, the array itself. A marked zero also leaves the array as it is, because
+    its elements may be too small for a norm.
     """
     dtype = working_dtype(array.dtype)
     scaled = (array.astype(dtype) * scale.astype(dtype)).astype(array.dtype)

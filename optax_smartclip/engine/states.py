@@ -42,7 +42,7 @@ def state_dataclass(cls: type[T]) -> type[T]:
     cls.__iter__ = _values  # type: ignore[attr-defined]
     declared: type[T] = chex.dataclass(cls, frozen=True, kw_only=True, mappable_dataclass=False)
     serialize_with_flax(declared)
-    # A name can be registered once: in a module that is loaded anew, the first class keeps it.
+    # A name can be registered only once; on module reload the first class keeps it.
     with contextlib.suppress(ValueError):
         export.register_pytree_node_serialization(
             declared,
@@ -101,7 +101,7 @@ def check_fits(state: Any, num_groups: int, rule_fields: Callable[[], frozenset[
 
     Args:
         state: What `update` was given.
-        num_groups: Those of the gradient.
+        num_groups: The number of groups of the gradient.
         rule_fields: The names of the leaves in the state of the rule.
     """
     check_num_groups(state, num_groups)

@@ -37,7 +37,7 @@ _SMALLEST = float(jnp.finfo(jnp.float32).tiny)
 
 @dataclasses.dataclass(frozen=True)
 class UnitGroups:
-    """The units of one tree, of which a state has one record.
+    """The units of one tree, which share one record in a state.
 
     Attributes:
         axes: The axes of each leaf that takes part over which a unit's norm is taken; None if it

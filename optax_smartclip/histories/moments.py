@@ -78,7 +78,7 @@ def update_moments(mean: Norms, std: Norms, value: Norms, weight: Norms) -> tupl
 def safe_hypot(x: Norms, y: Norms) -> Norms:
     """`sqrt(x ** 2 + y ** 2)`, in which no square overflows, with a derivative of 0 at 0.
 
-    That of `jnp.hypot` is NaN there from JAX 0.12 on.
+    The derivative of `jnp.hypot` is NaN there since JAX 0.12.
     """
     x, y = jnp.abs(x), jnp.abs(y)
     zero = (x == 0) & (y == 0)

@@ -232,7 +232,7 @@ def _recompute(
             backward,
             late,
             (outer, before),
-            # Or XLA puts off the gradients of weights, and what they are computed from lives on.
+            # Otherwise XLA delays the gradients of weights, and keeps the values they need alive.
             finished=done[1:],
             never=never,
             convolves=part.convolves,

@@ -74,7 +74,7 @@ class MetricsRecord(TypedDict, total=False):
 
 OnMetrics = Callable[[MetricsRecord], Any]
 
-# Of each leaf of a gradient; None where it has nothing, as for a frozen or an uncovered parameter.
+# The shape of each leaf of a gradient; None for a parameter that is frozen or not covered.
 Shapes = dict[KeyPath, tuple[int, ...] | None]
 
 
@@ -122,7 +122,7 @@ class StatefulClipper:
         check_stacked(self.stacked, self.scope)
         self.eps = float(self.eps)
         self.guard_nans = bool(self.guard_nans)
-        # So many norms, the one to be judged among them, must have been observed.
+        # The number of norms, including the one to be judged, that must have been observed.
         self._needed_norms = max(1, self.warmup_steps, self.min_history)
         self._init_rule, self._transformation = self._build()
         # Compiled, or each eager step would build the `cond` within it again.
@@ -200,7 +200,7 @@ class StatefulClipper:
             state, shown, shown_params, with_record=on_metrics is not None
         )
         self._write(new_state)
-        # Not before: a gradient that was refused has taught nothing.
+        # Only now, because a gradient that was refused teaches nothing.
         self._shapes = self._shapes or shapes
         if on_metrics is not None:
             self._report(on_metrics, record)

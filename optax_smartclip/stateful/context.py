@@ -1,4 +1,4 @@
-"""`apply_grads`, and `clip_context`, which clips what is passed to an optimizer's `update`."""
+"""`apply_grads`, and `clip_context`, which clips the gradients that an optimizer is given."""
 
 import contextlib
 import functools

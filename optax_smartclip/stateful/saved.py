@@ -24,7 +24,7 @@ class Saved(NamedTuple):
     """The saved form of a clipper.
 
     Attributes:
-        arguments: Those of its constructor.
+        arguments: The arguments of its constructor.
         keys: One for each group, none before the first step.
         state: Its state; None before the first step. Read from JSON, a nested list for each leaf,
             by name.
