@@ -198,8 +198,10 @@ SHARED = {
     "min_scale": None,
     "axis_name": None,
 }
+# Of the clippers with a history.
+LEARNS = SHARED | {"norm_of": None}
 DEFAULTS = {
-    smartclip.clip_by_rule: {"scope": "global", "warmup_steps": 0} | SHARED,
+    smartclip.clip_by_rule: {"scope": "global", "warmup_steps": 0} | LEARNS,
     smartclip.autoclip: {
         "percentile": None,
         "outliers_only": False,
@@ -207,9 +209,9 @@ DEFAULTS = {
         "scope": "global",
         "warmup_steps": None,
     }
-    | SHARED,
+    | LEARNS,
     smartclip.zscore_clip: {"zmax": 3.0, "decay": 0.99, "scope": "global", "warmup_steps": 1}
-    | SHARED,
+    | LEARNS,
     smartclip.zclip: {
         "zmax": 2.5,
         "decay": 0.97,
@@ -219,7 +221,7 @@ DEFAULTS = {
         "scope": "global",
         "warmup_steps": 25,
     }
-    | SHARED
+    | LEARNS
     | {"max_norm": 1.0},
     smartclip.adagc: {
         "relative_clip": 1.04,
@@ -229,7 +231,7 @@ DEFAULTS = {
         "scope": "per_param",
         "warmup_steps": 100,
     }
-    | SHARED,
+    | LEARNS,
     smartclip.agc: {
         "clipping": 0.01,
         "eps": 1e-3,
@@ -241,6 +243,7 @@ DEFAULTS = {
     smartclip.skip_spikes: {
         "sigma": 6.0,
         "window": 128,
+        "rule": None,
         "max_consecutive": 32,
         "warmup_steps": 10,
         "give_up_after": None,
@@ -351,6 +354,8 @@ NOT_TRACED = {
             np.array(True),
         ],
     ),
+    # A function, which inject_hyperparams calls as a schedule unless it is named in `static_args`.
+    "norm_of": ([], []),
     "nonfinite": (["propagate"], [0]),
     "axis_name": (["devices", ("devices",)], [0]),
     "unit_axes": ([(0,), "equinox"], [0, np.zeros(2, int)]),
