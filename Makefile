@@ -31,7 +31,7 @@ test-deprecations: $(VENV)/test ## Test with warnings as errors.
 	$(BIN)/pytest -n $(WORKERS) -W error
 
 mutation: $(VENV)/mutation ## Find small mistakes that the tests miss: half an hour; ARGS="--modules norms" for a part.
-	$(BIN)/python mutation/run.py $(ARGS)
+	$(BIN)/python tests/mutation/run.py $(ARGS)
 
 lint: $(LINT)/lint ## Check style and types.
 	$(LINT)/bin/ruff check .

@@ -16,6 +16,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import hypothesis
 import jax
 
+# A program, `make mutation`.
+collect_ignore = ["mutation"]
+
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS), *(str(TESTS.parent / name) for name in ("benchmarks", "examples"))]
 

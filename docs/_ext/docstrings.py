@@ -3,7 +3,7 @@
 They are written to be read in a terminal. Here,
 
 - a single backtick is code, and a link if it is a public name;
-- an indented block behind a paragraph is code;
+- an indented block after a paragraph is code;
 - each argument gets its type from the annotations, in words, unless that is `Any`.
 """
 
@@ -102,7 +102,7 @@ def prepare(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
 
 
 def marked(lines: list[str]) -> list[str]:
-    """The lines with a `::` before each block that is indented behind a paragraph."""
+    """The lines with a `::` before each indented block after a paragraph."""
     result: list[str] = []
     last = ""
     for line in lines:

@@ -81,7 +81,7 @@ def with_anchors(shown: str, text: str) -> str:
 
 
 def forget(app: Sphinx, env: Any, docname: str) -> None:
-    """Forgets what a page linked that is read anew."""
+    """Forgets the links of a page that is read again."""
     env.__dict__.get("repository_files", {}).pop(docname, None)
 
 

@@ -3,15 +3,13 @@
 Each mutant is written into a copy of the tree, in which the tests that judge its module run until
 one fails. `survivors.toml` says of each mutant that none of them kills why it may live.
 
-    python mutation/run.py --modules norms scaling --workers 2
-    python mutation/run.py --resume           # without those that the last run has killed
+    python tests/mutation/run.py --modules norms scaling --workers 2
+    python tests/mutation/run.py --resume           # without those that the last run has killed
 
 A worker is forked for each mutant from a process that has imported JAX, but neither compiled
 anything nor imported the library. What the tests compile of the library as it is, they find on
 disk; what a mistake changes is compiled anew.
 """
-
-# ruff: noqa: D102 - hooks are documented by what calls them.
 
 import argparse
 import itertools
@@ -37,7 +35,7 @@ from typing import Any
 from mutants import Mutant, find_mutants
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+ROOT = HERE.parents[1]
 PACKAGE = "optax_smartclip"
 TARGET = 0.9
 

@@ -4,8 +4,6 @@ Why cosmic-ray, and a runner of our own: mutmut leaves decorated functions as th
 many of ours, and runs its mutants in forks of a process that has compiled the original already.
 """
 
-# ruff: noqa: D102 - hooks are documented by what calls them.
-
 import ast
 from collections.abc import Iterator
 from typing import NamedTuple
