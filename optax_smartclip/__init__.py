@@ -27,6 +27,7 @@ from optax_smartclip.clippers.skip_spikes import (
     SkipState,
     skip_spikes,
 )
+from optax_smartclip.clippers.spectral_clip import spectral_clip
 from optax_smartclip.clippers.stable_adamw import (
     StableAdamState,
     scale_by_stable_adam,
@@ -89,6 +90,7 @@ __all__ = [
     "ring_buffer",
     "scale_by_stable_adam",
     "skip_spikes",
+    "spectral_clip",
     "stable_adamw",
     "state_dataclass",
     "where_skipped",

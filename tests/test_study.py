@@ -10,7 +10,7 @@ import optax
 import pytest
 from documents import ROOT
 from study import __main__ as study
-from study import rules, spectral, updates
+from study import rules, updates
 from study.arms import ARMS, AUTO, NONE, SKIP_SPIKES, Arm, fixed, last_scale
 from study.measures import best_at_budget, best_of, diverged, interval, lost_progress, sensitivity
 from study.pictures import of_arms
@@ -211,49 +211,6 @@ def test_the_optimizers_of_the_transformers_have_the_same_numbers():
     np.testing.assert_allclose(steps(task.stable), steps(task.optimizer), rtol=FLOAT32)
 
 
-def cut_in_float64(matrix, limit):
-    """By its singular values."""
-    left, values, right = np.linalg.svd(matrix, full_matrices=False)
-    return left * (values / np.sqrt(1 + (values / limit) ** 2)) @ right
-
-
-def test_the_soft_cut_is_that_of_singular_values():
-    wide = np.random.default_rng(0).normal(size=(4, 7))
-    grads = {"bias": jnp.ones(3), "tall": jnp.float32(wide.T), "wide": jnp.float32(wide)}
-
-    @jax.jit
-    def cut(limit):
-        tx = spectral.spectral_clip(limit)
-        return tx.update(grads, tx.init(grads))[0]
-
-    with jax.enable_x64(True):
-        soft_cut = jax.jit(spectral.soft_cut)
-        for limit in (0.3, 2.0, 1e6):
-            np.testing.assert_allclose(soft_cut(wide, limit), cut_in_float64(wide, limit), 1e-9)
-    for limit in (0.3, 2.0, 1e6):
-        expected, found = cut_in_float64(wide, limit), cut(limit)
-        np.testing.assert_allclose(found["wide"], expected, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(found["tall"], expected.T, rtol=1e-4, atol=1e-5)
-        np.testing.assert_array_equal(found["bias"], 1.0)
-
-
-def test_a_learnt_limit_is_a_multiple_of_the_median_of_the_largest_singular_values():
-    rng = np.random.default_rng(0)
-    # Matrices that share their first singular vectors: power iteration has converged after some.
-    left, _, right = np.linalg.svd(rng.normal(size=(4, 6)), full_matrices=False)
-    sizes = rng.lognormal(size=60)
-    matrices = [size * (left * [1.0, 0.3, 0.2, 0.1]) @ right for size in sizes]
-    tx = spectral.spectral_clip(factor=0.5)
-    state, update = tx.init({"w": jnp.zeros((4, 6))}), jax.jit(tx.update)
-    first, state = update({"w": jnp.float32(matrices[0])}, state)
-    np.testing.assert_allclose(first["w"], matrices[0], rtol=FLOAT32, atol=1e-6)
-    for matrix in matrices[1:-1]:
-        _, state = update({"w": jnp.float32(matrix)}, state)
-    last, _ = update({"w": jnp.float32(matrices[-1])}, state)
-    expected = cut_in_float64(matrices[-1], 0.5 * np.median(sizes[:-1]))
-    np.testing.assert_allclose(last["w"], expected, rtol=1e-3, atol=1e-4)
-
-
 def test_gains_are_paired_over_seeds_in_units_of_the_best_progress():
     seeds = 0.1 * np.arange(3)
     runs = {(NONE, ARM): outcome(5.0, [2.0 + seeds, 1.4 + seeds])}
@@ -436,6 +393,17 @@ def test_the_page_of_stable_adamw_quotes_the_stored_results():
     found = updates.gain(load(study.STORED / "updates" / "lm-b2-0.999.csv"), updates.STABLE)
     for each in (found.over_none, found.at_best):
         assert f"{each.mean:+.2f} +- {each.half:.2f} %" in page
+
+
+def test_the_page_of_spectral_clip_and_the_readme_quote_the_stored_results():
+    table = load(study.STORED / "updates" / "lm-b2-0.999.csv")
+    found = updates.gain(table, "chain(step, spectral_clip(), rate)")
+    page = (ROOT / "docs" / "algorithms" / "spectral_clip.md").read_text()
+    for each in (found.over_none, found.at_best, found.over_control):
+        assert f"{each.mean:+.2f} +- {each.half:.2f} %" in page
+    over_rates, at_best = f"{found.over_none.mean:.1f}", f"{found.at_best.mean:.1f}"
+    row = f"{over_rates} % of the progress over rates and {at_best} % at the best rate"
+    assert row in (ROOT / "README.md").read_text()
 
 
 def test_only_the_named_seeds_are_judged():

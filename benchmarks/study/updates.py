@@ -21,7 +21,6 @@ from study.__main__ import STORED, print_row, run_task
 from study.arms import ARMS, AUTO, NONE, Arm
 from study.measures import Interval, best_progress, capped, diverged, interval
 from study.results import ARM, CONTROL, Outcome, Table
-from study.spectral import spectral_clip
 from study.tasks import TASKS
 
 import optax_smartclip as smartclip
@@ -36,11 +35,17 @@ UPDATE_ARMS: dict[str, Arm] = {
     "chain(step, autoclip(), rate)": Arm(optax.identity(), after_step=smartclip.autoclip()),
     STABLE: Arm(optax.identity(), stable=True),
     "chain(autoclip(), stable_adamw())": Arm(smartclip.autoclip(), stable=True),
-    "chain(spectral_clip(), tx)": Arm(spectral_clip()),
-    "chain(step, spectral_clip(), rate)": Arm(optax.identity(), after_step=spectral_clip()),
-    "chain(spectral_clip(0.1), tx)": Arm(spectral_clip(0.1)),
-    "chain(step, spectral_clip(3), rate)": Arm(optax.identity(), after_step=spectral_clip(3.0)),
-    "chain(step, spectral_clip(10), rate)": Arm(optax.identity(), after_step=spectral_clip(10.0)),
+    "chain(spectral_clip(), tx)": Arm(smartclip.spectral_clip()),
+    "chain(step, spectral_clip(), rate)": Arm(
+        optax.identity(), after_step=smartclip.spectral_clip()
+    ),
+    "chain(spectral_clip(limit=0.1), tx)": Arm(smartclip.spectral_clip(limit=0.1)),
+    **{
+        f"chain(step, spectral_clip(limit={limit}), rate)": Arm(
+            optax.identity(), after_step=smartclip.spectral_clip(limit=limit)
+        )
+        for limit in (3, 10)
+    },
 }
 
 

@@ -88,12 +88,14 @@ def check_decay(decay: Any, name: str = "decay") -> None:
     check_number(name, decay, 0.0, 1.0, allowed="in [0, 1)", strict_high=True)
 
 
-def check_size(name: str, value: Any, high: int, *, low: int = 1) -> None:
-    """Raises ValueError unless `value` is a Python int from `low` to `high`: it sets a shape."""
+def check_size(
+    name: str, value: Any, high: int, *, low: int = 1, why: str = "it sets the shape of the state"
+) -> None:
+    """Raises ValueError unless `value` is a Python int from `low` to `high`, as JAX needs it."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(
-            f"`{name}` must be a Python int from {low} to {high} (it sets the shape of the state), "
-            f"got {value!r}.{static_hint(value)}"
+            f"`{name}` must be a Python int from {low} to {high} ({why}), got "
+            f"{value!r}.{static_hint(value)}"
         )
 
 

@@ -109,13 +109,30 @@ def _vary_along(leaf: Any, axes: frozenset[Any]) -> Any:
 
 def replicate(array: Array) -> Array:
     """The array, whole on every device of a mesh that `jax.set_mesh` has set."""
-    nowhere = PartitionSpec(*[None] * array.ndim)
-    sharding = jax.typeof(array).sharding
-    if AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
-        whole: Array = jax.sharding.reshard(array, nowhere)
-        return whole
     # Inside `shard_map`, an axis that is left to the compiler stays so.
     if set(jax.sharding.get_abstract_mesh().axis_types) == {AxisType.Auto}:
-        whole = jax.lax.with_sharding_constraint(array, nowhere)
+        whole: Array = jax.lax.with_sharding_constraint(array, _nowhere(array))
         return whole
+    return gather(array)
+
+
+def gather(array: Array) -> Array:
+    """The array, whole on every device where its type says how it is split: an Explicit mesh."""
+    return _reshard(array, _nowhere(array))
+
+
+def split_as(array: Array, like: Array) -> Array:
+    """A whole array, split as another one where that one's type says how it is."""
+    return _reshard(array, jax.typeof(like).sharding.spec)
+
+
+def _nowhere(array: Array) -> PartitionSpec:
+    return PartitionSpec(*[None] * array.ndim)
+
+
+def _reshard(array: Array, spec: PartitionSpec) -> Array:
+    sharding = jax.typeof(array).sharding
+    if AxisType.Explicit in sharding.mesh.axis_types and sharding.spec != spec:
+        resharded: Array = jax.sharding.reshard(array, spec)
+        return resharded
     return array

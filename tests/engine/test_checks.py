@@ -250,6 +250,16 @@ DEFAULTS = {
         "mask": None,
         "axis_name": None,
     },
+    smartclip.spectral_clip: {
+        "factor": 0.3,
+        "limit": None,
+        "window": 128,
+        "num_iterations": 12,
+        "stacked": None,
+        "mask": None,
+        "warmup_steps": 1,
+        "nonfinite": "zero",
+    },
     smartclip.geometric_quantile: {"rate": 0.02},
     smartclip.log_histogram: {"relative_error": 0.01, "decay": None},
 }

@@ -44,11 +44,11 @@ MODULES = {
     "histories": "geometric_quantile log_histogram moments ranks ring_buffer",
     "clippers": (
         "adagc agc autoclip clip_micro_batches keep_last_good observe_norms skip_spikes "
-        "stable_adamw where_skipped zclip zscore_clip"
+        "spectral_clip stable_adamw where_skipped zclip zscore_clip"
     ),
     "engine": (
-        "checks culprits dtypes groups known_norms learning meshes metrics norm_of norms "
-        "partitions rule scaling stacks states trees units"
+        "checks culprits dtypes groups known_norms learning matrices meshes metrics "
+        "norm_of norms partitions rule scaling singular_values stacks states trees units"
     ),
     "checkpoints": "graft regroup",
 }
@@ -57,8 +57,10 @@ OTHER_TESTS = {
     "dtypes": ["engine/test_norms.py", "engine/test_scaling.py"],
     "known_norms": ["clippers/test_skip_spikes.py"],
     "learning": ["engine/test_rule.py", "clippers/test_skip_spikes.py"],
+    "matrices": ["clippers/test_spectral_clip.py"],
     "meshes": ["integration/test_shard_map.py"],
     "regroup": ["checkpoints/test_graft.py"],
+    "singular_values": ["clippers/test_spectral_clip.py"],
     "stacks": ["test_stacked.py"],
     "trees": ["engine/test_groups.py", "engine/test_rule.py"],
     "units": ["engine/test_units.py", "clippers/test_agc.py"],
