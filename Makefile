@@ -7,6 +7,8 @@ LINT := .venv-lint
 ACCELERATORS := .venv-accelerators
 # Two workers: more cost more in compilation than they gain.
 WORKERS ?= 2
+# Each worker runs a part of the files, whose tests share programs, and then helps the others.
+PYTEST_OPTIONS := -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := test
 .PHONY: help test coverage test-long test-lowest test-deprecations demo spikes lint format wheel bench accelerators memory memory-accelerators soak study study-rules study-updates rules placements micro-batches mutation docs links colabs clean
@@ -15,20 +17,20 @@ help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 test: lint $(VENV)/test ## Lint and run the tests, except for those marked as long.
-	$(BIN)/pytest -n $(WORKERS)
+	$(BIN)/pytest $(PYTEST_OPTIONS)
 
 coverage: $(VENV)/test ## Show how much of the package the tests run, in a sixth more time.
-	$(BIN)/pytest -n $(WORKERS) --cov --cov-report=term
+	$(BIN)/pytest $(PYTEST_OPTIONS) --cov --cov-report=term
 
 # See tests/breadth.py.
 test-long: $(VENV)/test ## Test all combinations of clippers, layouts and modes.
-	$(BIN)/pytest -n $(WORKERS) -m ""
+	$(BIN)/pytest $(PYTEST_OPTIONS) -m ""
 
 test-lowest: $(LOWEST)/test ## Test with the lowest versions that pyproject.toml allows.
-	$(LOWEST)/bin/pytest -n $(WORKERS)
+	$(LOWEST)/bin/pytest $(PYTEST_OPTIONS)
 
 test-deprecations: $(VENV)/test ## Test with warnings as errors.
-	$(BIN)/pytest -n $(WORKERS) -W error
+	$(BIN)/pytest $(PYTEST_OPTIONS) -W error
 
 mutation: $(VENV)/mutation ## Find small mistakes that the tests miss: half an hour; ARGS="--modules norms" for a part.
 	$(BIN)/python tests/mutation/run.py $(ARGS)

@@ -43,9 +43,13 @@ hypothesis.settings.load_profile("default")
 
 
 def pytest_configure(config):
-    """Lets the code of the pages run with the warnings as errors that the tests have."""
+    """Compiles quickly, and runs the code of pages with the tests' warnings as errors."""
+    from compilation import QUICKLY
     from documents import STRICT_PYTHON
 
+    # XLA reads it when it compiles for the first time.
+    if config.getoption("markexpr"):
+        os.environ["XLA_FLAGS"] += f" {QUICKLY}"
     filters = [*config.getini("filterwarnings"), *(config.getoption("pythonwarnings") or ())]
     # The last one decides, and Python ignores an option that it has had before.
     for each in reversed(dict.fromkeys(reversed(filters))):

@@ -18,6 +18,7 @@ import program_text
 import pytest
 from clipper_table import CLIPPERS
 from compat import lenient
+from compilation import BY_DEFAULT
 
 import optax_smartclip as smartclip
 from optax_smartclip.engine.norms import group_norms, norms_in_range
@@ -71,7 +72,7 @@ def compile_step(name, model_name):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    return step.lower(params, jax.eval_shape(tx.init, params), params).compile()
+    return step.lower(params, jax.eval_shape(tx.init, params), params).compile(BY_DEFAULT)
 
 
 def slope(figure, name):
@@ -99,7 +100,7 @@ def test_bytes_of_the_usual_branch_are_those_of_norms_that_have_no_other():
     partition = Leaves((0,) * len(leaves), 1)
 
     exact, plain = (
-        jax.jit(functools.partial(norms, partition=partition)).lower(leaves).compile()
+        jax.jit(functools.partial(norms, partition=partition)).lower(leaves).compile(BY_DEFAULT)
         for norms in (group_norms, norms_in_range)
     )
     assert program_text.xla_bytes(exact) > 1.5 * program_text.xla_bytes(plain)
@@ -112,7 +113,7 @@ def test_bytes_of_a_conditional_are_those_of_its_cheapest_branch():
     def choose(number, array):
         return jax.lax.switch(number, [jnp.sum, jnp.max, lambda _: jnp.float32(1.0)], array)
 
-    compiled = jax.jit(choose).lower(0, array).compile()
+    compiled = jax.jit(choose).lower(0, array).compile(BY_DEFAULT)
     assert program_text.xla_bytes(compiled) > 400_000
     assert program_text.usual_bytes(compiled) < 1000
 
@@ -124,7 +125,7 @@ def test_bytes_of_a_conditional_are_those_of_its_cheapest_branch():
 def bytes_of_their_norm():
     """What Optax's norm alone reads and writes, per byte of the gradient."""
     small, large = (
-        program_text.xla_bytes(jax.jit(optax.tree.norm).lower(arrays(model)).compile())
+        program_text.xla_bytes(jax.jit(optax.tree.norm).lower(arrays(model)).compile(BY_DEFAULT))
         for model in (SMALL, LARGE)
     )
     return (large - small) / (size(LARGE) - size(SMALL))
@@ -295,7 +296,7 @@ def forbidden(text):
 def test_what_is_forbidden_would_be_found(function, found):
     lowered = jax.jit(function).lower(jnp.ones(4))
     assert found in forbidden(lowered.as_text())
-    assert forbidden(lowered.compile().as_text())
+    assert forbidden(lowered.compile(BY_DEFAULT).as_text())
 
 
 @every_clipper
@@ -350,5 +351,7 @@ def test_the_loop_over_small_leaves_is_not_compiled_as_one_kernel(name):
     # The mark that XLA has from JAX 0.12 on. LLVM unrolls all sums in such a kernel.
     grads = {str(number): jax.ShapeDtypeStruct((8, 8), jnp.float32) for number in range(4)}
     tx = CHAINED[name]
-    step = jax.jit(tx.update).lower(grads, jax.eval_shape(tx.init, grads), grads).compile()
+    step = (
+        jax.jit(tx.update).lower(grads, jax.eval_shape(tx.init, grads), grads).compile(BY_DEFAULT)
+    )
     assert "xla_cpu_small_call" not in step.as_text()

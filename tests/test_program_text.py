@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from compilation import BY_DEFAULT
 from program_text import KERNELS, ProgramText, arrays, elements, shape_bytes
 
 # 1024 numbers: 4096 bytes.
@@ -410,7 +411,7 @@ def test_a_collective_is_counted_once_however_it_is_written(case):
 
 
 def compiled(function, *arguments, **options):
-    return ProgramText(jax.jit(function, **options).lower(*arguments).compile().as_text())
+    return ProgramText(jax.jit(function, **options).lower(*arguments).compile(BY_DEFAULT).as_text())
 
 
 ROWS = jax.ShapeDtypeStruct((100, 1000), jnp.float32)

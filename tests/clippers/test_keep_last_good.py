@@ -12,6 +12,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from compat import lenient
+from compilation import BY_DEFAULT
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -382,7 +383,7 @@ def test_a_step_needs_no_more_than_one_array_of_parameters_more():
         compiled = jax.jit(step, donate_argnums=(0, 1)).lower(
             params, tx.init(params), jnp.ones((4, 100))
         )
-        return compiled.compile().memory_analysis().temp_size_in_bytes
+        return compiled.compile(BY_DEFAULT).memory_analysis().temp_size_in_bytes
 
     inner = smartclip.skip_spikes(optax.sgd(0.1, momentum=0.9), window=4)
     more = temporary(keep_last_good(inner, every=5), True) - temporary(inner, False)

@@ -14,6 +14,7 @@ import optax
 import program_text
 import pytest
 from compat import lenient
+from compilation import BY_DEFAULT
 from flax.training.dynamic_scale import DynamicScale
 from regression import INPUTS, PARAMS, RATE, TARGETS, Autoclip
 
@@ -187,7 +188,7 @@ def test_unscaling_moves_no_memory_beyond_that_of_the_cast_to_float32():
             {"w": jax.ShapeDtypeStruct((width, 64), dtype)} for dtype in (jnp.float32, jnp.float16)
         )
         args = params, jax.eval_shape(tx.init, params), half, jnp.float32(1)
-        return program_text.usual_bytes(step.lower(*args).compile())
+        return program_text.usual_bytes(step.lower(*args).compile(BY_DEFAULT))
 
     def slope(unscale):
         """In sizes of the parameters, so that what a history needs falls out."""
