@@ -20,7 +20,7 @@ from optax_smartclip.engine.learning import ThresholdRule, init_rule, learn
 from optax_smartclip.engine.meshes import AxisName, vary_as, vary_as_before
 from optax_smartclip.engine.metrics import next_metrics
 from optax_smartclip.engine.norm_of import NormOf, check_norm_of, measured_arrays
-from optax_smartclip.engine.norms import Norms, group_norms, has_gradient, learnable
+from optax_smartclip.engine.norms import group_norms, has_gradient, learnable
 from optax_smartclip.engine.partitions import Leaves
 from optax_smartclip.engine.scaling import keep_share, limit_threshold, scale_arrays, signed_scale
 from optax_smartclip.engine.stacks import Stacked, check_stacked
@@ -31,6 +31,9 @@ from optax_smartclip.engine.states import (
     leaf_names,
 )
 from optax_smartclip.engine.trees import KeyPath, PyTree, clippable_leaves, replace_leaves
+
+# In float64 where a leaf is.
+GroupNorms = Float[Array, " groups"]
 
 
 class ClipSteps(NamedTuple):
@@ -46,7 +49,7 @@ class ClipSteps(NamedTuple):
     """
 
     measure: Callable[[PyTree, PyTree | None, int | None], Float[Array, "parts groups"]]
-    judge: Callable[[Any, Norms], tuple[ClipState, Norms]]
+    judge: Callable[[Any, GroupNorms], tuple[ClipState, GroupNorms]]
     scale: Callable[[PyTree, PyTree | None, int | None, Float[Array, "parts groups"]], PyTree]
 
 
@@ -173,7 +176,7 @@ def clip_by_rule(
         leaves = clippable_leaves(updates, groups.takes_part)
         return _Gradient(leaves, groups.partition(leaves))
 
-    def judge(state: Any, norms: Norms) -> tuple[ClipState, Norms]:
+    def judge(state: Any, norms: GroupNorms) -> tuple[ClipState, GroupNorms]:
         check_fits(state, len(norms), rule_fields)
         live = has_gradient(norms)
         learnt = learn(rule, state.rule, state.num_observed, learnable(norms), live)
@@ -189,7 +192,7 @@ def clip_by_rule(
         )
         return vary_as_before(next_state, state), scales
 
-    def scale(updates: PyTree, gradient: _Gradient, scales: Norms) -> PyTree:
+    def scale(updates: PyTree, gradient: _Gradient, scales: GroupNorms) -> PyTree:
         arrays = list(gradient.leaves.values())
         clipped = scale_arrays(arrays, gradient.partition, scales, nonfinite)
         return replace_leaves(updates, dict(zip(gradient.leaves, clipped, strict=True)))
@@ -220,7 +223,7 @@ def clip_by_rule(
         if norm_of is not None and axis is not None:
             of_parts = jax.vmap(norm_of, (axis, None), axis)
         measured = measured_arrays(of_parts, updates, params, parts.leaves)
-        norms: Norms = group_norms(measured, parts.partition, axis_name=axis_name)
+        norms: GroupNorms = group_norms(measured, parts.partition, axis_name=axis_name)
         return norms[places]
 
     def scale_parts(
