@@ -61,6 +61,7 @@ from contenders import (
     OPTIMIZERS,
     PARTS,
     SKIP,
+    SPECTRAL,
     STABLE,
     UPDATES,
     ZSCORE,
@@ -161,7 +162,7 @@ def set_up() -> str:
 
 AUTO90, AUTO_PER_PARAM = "autoclip(90)", 'autoclip(scope="per_param")'
 SKIP_ALONE = "skip_spikes(tx)"
-EXTENSIONS = (OBSERVE, UPDATES, STABLE, FLOOR, GIVE_UP, KEEP, MEAN, MICRO)
+EXTENSIONS = (OBSERVE, UPDATES, STABLE, FLOOR, GIVE_UP, KEEP, MEAN, MICRO, SPECTRAL)
 CLIPPERS: dict[str, Wrap] = {
     **{name: CONTENDERS[name] for name in (NONE, GLOBAL, ADAPTIVE, AUTO)},
     AUTO90: before(smartclip.autoclip(90.0)),

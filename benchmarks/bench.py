@@ -65,6 +65,7 @@ from contenders import (
     PER_PARAM,
     SGD,
     SKIP,
+    SPECTRAL,
     STABLE,
     UPDATES,
     WINDOW128,
@@ -188,11 +189,13 @@ CLIPPERS: dict[str, Wrap] = {
 }
 HOST_STEPS = {FETCHED: norm_on_the_host, EAGER: eager_smartclip}
 LESS_THAN_AGC = ("agc(), no report",)
-ON_SOME_MODELS = (*LESS_THAN_AGC, PER_LAYER, STACKS)
+# Its products of square matrices take seconds on a CPU.
+ON_SOME_MODELS = (*LESS_THAN_AGC, PER_LAYER, STACKS, SPECTRAL)
 REFERENCES = {
     WINDOW65536: WINDOW128,
     OBSERVE: AUTO,
     UPDATES: AUTO,
+    SPECTRAL: UPDATES,
     FLOOR: AUTO,
     STABLE: NONE,
     KEEP: NONE,
@@ -203,7 +206,11 @@ REFERENCES = {
 
 # What is measured by default: which clippers, on which model, before which optimizer.
 CELLS: dict[tuple[str, str], tuple[str, ...]] = {
-    (TOY, ADAMW): (*(name for name in CLIPPERS if name not in ON_SOME_MODELS), *HOST_STEPS),
+    (TOY, ADAMW): (
+        *(name for name in CLIPPERS if name not in ON_SOME_MODELS),
+        SPECTRAL,
+        *HOST_STEPS,
+    ),
     (GPT24, ADAMW): (
         *(name for name in CLIPPERS if "alone" not in name and name not in ON_SOME_MODELS),
         *HOST_STEPS,
@@ -277,7 +284,7 @@ def check_targets(rows: list[Row]) -> list[Target]:
 
     # Where each leaf has a window, some of it is for the windows. Updates that are judged after
     # they are computed have to be held until then.
-    larger = (PER_PARAM, UPDATES, STABLE, KEEP)
+    larger = (PER_PARAM, UPDATES, SPECTRAL, STABLE, KEEP)
     excess = {
         row: row.temp - by_name[row.model, row.optimizer, row.reference].temp
         for row in rows

@@ -43,6 +43,7 @@ STABLE = "stable_adamw"
 KEEP, FLOOR = "keep_last_good(tx)", "autoclip(min_scale=0.001)"
 GIVE_UP = "skip_spikes(chain(autoclip(), tx), give_up_after=8)"
 MEAN, MICRO = "mean of 4 parts, autoclip()", "clip_micro_batches(autoclip())"
+SPECTRAL = "tx, spectral_clip()"
 
 CLIPPERS: dict[str, Wrap] = {
     NONE: lambda optimizer: optimizer,
@@ -70,6 +71,7 @@ CLIPPERS: dict[str, Wrap] = {
     KEEP: lambda optimizer: smartclip.keep_last_good(optimizer, every=1000),
     MEAN: before(optax.chain(mean_over_parts(), smartclip.autoclip())),
     MICRO: before(smartclip.clip_micro_batches(smartclip.autoclip())),
+    SPECTRAL: lambda optimizer: optax.chain(optimizer, smartclip.spectral_clip()),
 }
 # Their states hold more, or something else, than one state of the optimizer.
 WITH_OWN_STATE = (STABLE, KEEP)
