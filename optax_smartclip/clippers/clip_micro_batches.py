@@ -32,7 +32,7 @@ from optax_smartclip.engine.meshes import (
 )
 from optax_smartclip.engine.metrics import ClipMetrics, metrics_record
 from optax_smartclip.engine.norms import LARGEST
-from optax_smartclip.engine.rule import Clipper
+from optax_smartclip.engine.rule import ClipperTransformation
 from optax_smartclip.engine.states import ClipState, check_is_state, state_dataclass
 from optax_smartclip.engine.trees import PyTree, flatten, path_name
 
@@ -136,7 +136,7 @@ def clip_micro_batches(
         >>> int(record["micro_batches_clipped"]), float(record["largest_micro_batch_norm"])
         (1, 1000.0)
     """
-    if not isinstance(clipper, Clipper) or not hasattr(clipper, "steps"):
+    if not isinstance(clipper, ClipperTransformation) or not hasattr(clipper, "steps"):
         raise ValueError(
             "`clipper` must be a clipper with a history, as autoclip() is, and not within a chain "
             f"or another wrapper, got {clipper!r}."

@@ -72,11 +72,13 @@ def init_rule(rule: ThresholdRule, num_groups: int) -> RuleState:
 def learn(
     rule: ThresholdRule,
     state: RuleState,
-    num_observed: Int32[Array, " groups"],
+    num_observed: Any,
     values: Norms,
     live: Mask,
 ) -> Learnt:
     """One step of a rule, which learns from the groups in `live` and from no other.
+
+    A restored state, and with it `num_observed`, may consist of NumPy arrays.
 
     Raises:
         ValueError: If the thresholds of the rule lack the `groups` axis.

@@ -53,7 +53,7 @@ class ClipSteps(NamedTuple):
     scale: Callable[[PyTree, PyTree | None, int | None, Float[Array, "parts groups"]], PyTree]
 
 
-class Clipper(optax.GradientTransformationExtraArgs):  # type: ignore[misc]
+class ClipperTransformation(optax.GradientTransformationExtraArgs):  # type: ignore[misc]
     """A clipper with a history, the steps of which can be taken one by one.
 
     Attributes:
@@ -75,7 +75,7 @@ def clip_by_rule(
     nonfinite: str = "zero",
     min_scale: Any = None,
     axis_name: AxisName = None,
-) -> Clipper:
+) -> ClipperTransformation:
     """Clips the norm of each group of leaves to the threshold that a rule has learnt.
 
     Each update computes the norm of each group, asks the rule for thresholds, multiplies each
@@ -246,7 +246,7 @@ def clip_by_rule(
         parts = shapes[0][axis] if shapes else 1
         return _Gradient(leaves, of_one.within_parts(shapes, axis)), of_one.by_part(parts)
 
-    clipper = Clipper(init_fn, update_fn)
+    clipper = ClipperTransformation(init_fn, update_fn)
     clipper.steps = ClipSteps(measure_parts, judge, scale_parts)
     return clipper
 

@@ -292,7 +292,7 @@ def test_what_on_metrics_raises_in_a_jitted_step_is_in_the_message_of_the_error(
 
 
 NO_CLIPPERS = {
-    "GradientTransformationExtraArgs": smartclip.autoclip(),
+    "ClipperTransformation": smartclip.autoclip(),
     "GradientTransformation": optax.GradientTransformation(*optax.sgd(0.1)),
     "type": smartclip.AutoClip,
     "float": 1.0,
