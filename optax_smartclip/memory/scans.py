@@ -35,6 +35,8 @@ class Scan:
         wanted: The inputs of the body that have cotangents.
         differentiated: The outputs of the body that have cotangents.
         params: Those of the equation.
+        num_consts: The number of inputs of the body that are the same in all iterations.
+        num_carry: The number of its inputs that are carries.
         operands: For each input of the body, a number that says which input of the node it is, or
             a literal.
     """
@@ -44,6 +46,8 @@ class Scan:
     wanted: frozenset[int]
     differentiated: frozenset[int]
     params: dict[str, Any] = dataclasses.field(repr=False)
+    num_consts: int
+    num_carry: int
     operands: tuple[int | core.Literal, ...] = dataclasses.field(repr=False)
 
     @property
@@ -54,12 +58,12 @@ class Scan:
     @property
     def first_carry(self) -> int:
         """The place of the first carry among the inputs of the body."""
-        return int(self.params["num_consts"])
+        return self.num_consts
 
     @property
     def first_x(self) -> int:
         """The place of the first scanned array among the inputs of the body."""
-        return self.first_carry + int(self.params["num_carry"])
+        return self.num_consts + self.num_carry
 
     @property
     def carry_bytes(self) -> int:
@@ -196,6 +200,20 @@ def _join(x: Any) -> Any:
     return x.reshape(-1, *x.shape[2:])
 
 
+def _count_inputs(params: dict[str, Any]) -> tuple[int, int]:
+    if "num_consts" in params:
+        return int(params["num_consts"]), int(params["num_carry"])
+    # From JAX 0.12 on, there are trees of constants, carries and scanned arrays.
+    consts, carry, _ = params["ft_in"]
+    return len(jax.tree.leaves(consts, is_leaf=_is_none)), len(
+        jax.tree.leaves(carry, is_leaf=_is_none)
+    )
+
+
+def _is_none(node: Any) -> bool:
+    return node is None
+
+
 def open_scan(node: Node, active: frozenset[int]) -> Scan | None:
     """Returns the scan that a node is, or None if it is not one that can be checkpointed."""
     eqn = node.jaxpr.eqns[0]
@@ -206,8 +224,8 @@ def open_scan(node: Node, active: frozenset[int]) -> Scan | None:
         atom if isinstance(atom, core.Literal) else places[atom] for atom in eqn.invars
     )
     body = capture_body(eqn.params["jaxpr"])
-    first_carry = eqn.params["num_consts"]
-    first_x = first_carry + eqn.params["num_carry"]
+    num_consts, num_carry = _count_inputs(eqn.params)
+    first_carry, first_x = num_consts, num_consts + num_carry
     moved = {
         body.inputs[place]
         for place, operand in enumerate(operands)
@@ -222,5 +240,7 @@ def open_scan(node: Node, active: frozenset[int]) -> Scan | None:
         wanted=frozenset(moved & inexact),
         differentiated=frozenset(inexact.intersection(body.outputs)),
         params=eqn.params,
+        num_consts=num_consts,
+        num_carry=num_carry,
         operands=operands,
     )
