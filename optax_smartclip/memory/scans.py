@@ -200,18 +200,17 @@ def _join(x: Any) -> Any:
     return x.reshape(-1, *x.shape[2:])
 
 
-def _count_inputs(params: dict[str, Any]) -> tuple[int, int]:
+def _count_inputs(eqn: Any) -> tuple[int, int] | None:
+    """The numbers of constants and of carries; None if this version of JAX does not tell."""
+    params = eqn.params
     if "num_consts" in params:
         return int(params["num_consts"]), int(params["num_carry"])
     # From JAX 0.12 on, there are trees of constants, carries and scanned arrays.
-    consts, carry, _ = params["ft_in"]
-    return len(jax.tree.leaves(consts, is_leaf=_is_none)), len(
-        jax.tree.leaves(carry, is_leaf=_is_none)
-    )
-
-
-def _is_none(node: Any) -> bool:
-    return node is None
+    unpack = getattr(params.get("ft_in"), "unpack", None)
+    counts = [len(tree) for tree in unpack()] if unpack else []
+    if len(counts) != 3 or sum(counts) != len(eqn.invars):
+        return None
+    return counts[0], counts[1]
 
 
 def open_scan(node: Node, active: frozenset[int]) -> Scan | None:
@@ -224,7 +223,10 @@ def open_scan(node: Node, active: frozenset[int]) -> Scan | None:
         atom if isinstance(atom, core.Literal) else places[atom] for atom in eqn.invars
     )
     body = capture_body(eqn.params["jaxpr"])
-    num_consts, num_carry = _count_inputs(eqn.params)
+    counts = _count_inputs(eqn)
+    if counts is None:
+        return None
+    num_consts, num_carry = counts
     first_carry, first_x = num_consts, num_consts + num_carry
     moved = {
         body.inputs[place]
