@@ -367,7 +367,7 @@ def test_before_the_first_copy_nothing_changes():
         assert smartclip.metrics(state)["copy_age"] == -1
 
 
-def test_a_step_needs_no_more_than_one_array_of_parameters_more():
+def test_a_step_needs_no_more_than_two_arrays_of_parameters_more():
     params = jnp.ones((100, 100))
 
     def temporary(tx, restores):
@@ -387,7 +387,8 @@ def test_a_step_needs_no_more_than_one_array_of_parameters_more():
 
     inner = smartclip.skip_spikes(optax.sgd(0.1, momentum=0.9), window=4)
     more = temporary(keep_last_good(inner, every=5), True) - temporary(inner, False)
-    assert more < 1.2 * params.nbytes
+    # One with JAX 0.10.2, two with JAX 0.12. Without an order of copies and updates, there are four.
+    assert more < 2.2 * params.nbytes
 
 
 # Arguments.
