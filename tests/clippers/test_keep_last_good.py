@@ -387,7 +387,7 @@ def test_a_step_needs_no_more_than_two_arrays_of_parameters_more():
 
     inner = smartclip.skip_spikes(optax.sgd(0.1, momentum=0.9), window=4)
     more = temporary(keep_last_good(inner, every=5), True) - temporary(inner, False)
-    # One with JAX 0.10.2, two with JAX 0.12. Without an order of copies and updates, there are four.
+    # One with JAX 0.10.2, two with JAX 0.12; four if copies were not ordered before updates.
     assert more < 2.2 * params.nbytes
 
 
