@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, PartitionSpec
 
 X = np.linspace(-1.0, 1.0, 24, dtype=np.float32).reshape(6, 4)
 W = np.linspace(-0.5, 0.5, 16, dtype=np.float32).reshape(4, 4)
@@ -21,3 +22,11 @@ def assert_same(actual, expected):
         np.testing.assert_allclose(actual, expected, rtol=0, atol=error)
 
     jax.tree.map(compare, actual, expected)
+
+
+def mapped(fn):
+    """A function of weights, whole on both devices, and of inputs, half of which each has."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    return jax.shard_map(
+        fn, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("data")), out_specs=PartitionSpec()
+    )

@@ -10,7 +10,6 @@ It differs from clipping in what the optimizer sees: a clipped spike still enter
 dropped one has not happened.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ from optax_smartclip.engine import checks
 from optax_smartclip.engine.dtypes import as_float32
 from optax_smartclip.engine.groups import LeafMask, assign_groups
 from optax_smartclip.engine.known_norms import known_norm
-from optax_smartclip.engine.learning import ThresholdRule, init_rule, learn
+from optax_smartclip.engine.learning import ThresholdRule, fields_of, init_rule, learn
 from optax_smartclip.engine.meshes import AxisName, vary_as, vary_as_before
 from optax_smartclip.engine.metrics import (
     increment_where,
@@ -36,7 +35,6 @@ from optax_smartclip.engine.scaling import after_warmup, has_reached
 from optax_smartclip.engine.states import (
     check_is_state,
     check_rule_fields,
-    leaf_names,
     state_dataclass,
 )
 from optax_smartclip.engine.trees import PyTree, clippable_leaves
@@ -241,10 +239,7 @@ def skip_spikes(
     checks.check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
     detect = outlier_rule(window, sigma) if rule is None else rule
-
-    @functools.cache
-    def rule_fields() -> frozenset[str]:
-        return leaf_names(jax.eval_shape(lambda: detect.init(2)))
+    rule_fields = fields_of(detect)
 
     def init_fn(params: PyTree) -> SkipState:
         assign_groups("global", params, mask=mask)  # a wrong mask is found before the first step

@@ -3,6 +3,7 @@
 `clip_by_rule` takes this step with the norms of groups, `skip_spikes` with a norm and a loss.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from jaxtyping import Array, Int32
 
 from optax_smartclip.engine.metrics import increment_where
 from optax_smartclip.engine.norms import Mask, Norms
-from optax_smartclip.engine.states import select_groups
+from optax_smartclip.engine.states import leaf_names, select_groups
 
 RuleState = Any
 
@@ -67,6 +68,11 @@ def init_rule(rule: ThresholdRule, num_groups: int) -> RuleState:
     # A weakly typed leaf, such as jnp.full(groups, 1.0), would change its type in the first step,
     # and the second would be compiled again.
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), state)
+
+
+def fields_of(rule: ThresholdRule) -> Callable[[], frozenset[str]]:
+    """The names of the leaves in the state of a rule, found out when they are first asked for."""
+    return functools.cache(lambda: leaf_names(jax.eval_shape(lambda: rule.init(1))))
 
 
 def learn(

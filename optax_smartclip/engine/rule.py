@@ -5,7 +5,6 @@ A history-based clipper is a `ThresholdRule`, three pure functions of arrays; ev
 all of them.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from jaxtyping import Array, Float, Int32
 
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.groups import Groups, LeafMask, Scope, assign_groups, check_scope
-from optax_smartclip.engine.learning import ThresholdRule, init_rule, learn
+from optax_smartclip.engine.learning import ThresholdRule, fields_of, init_rule, learn
 from optax_smartclip.engine.meshes import AxisName, vary_as, vary_as_before
 from optax_smartclip.engine.metrics import next_metrics
 from optax_smartclip.engine.norm_of import NormOf, check_norm_of, measured_arrays
@@ -28,7 +27,6 @@ from optax_smartclip.engine.states import (
     ClipState,
     check_fits,
     init_state,
-    leaf_names,
 )
 from optax_smartclip.engine.trees import KeyPath, PyTree, clippable_leaves, replace_leaves
 
@@ -163,9 +161,7 @@ def clip_by_rule(
     def groups_of(tree: PyTree) -> Groups:
         return assign_groups(scope, tree, stacked=stacked, mask=mask)
 
-    @functools.cache
-    def rule_fields() -> frozenset[str]:
-        return leaf_names(jax.eval_shape(lambda: rule.init(1)))
+    rule_fields = fields_of(rule)
 
     def init_fn(params: PyTree) -> ClipState:
         num_groups = groups_of(params).num_groups

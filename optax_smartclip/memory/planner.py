@@ -31,12 +31,10 @@ from optax_smartclip.memory.costs import Costs, find_costs
 from optax_smartclip.memory.frontier import live_bytes
 from optax_smartclip.memory.graph import Graph
 from optax_smartclip.memory.residuals import Residuals, active_values, find_residuals
-from optax_smartclip.memory.scans import Scan, open_scan
+from optax_smartclip.memory.scans import SLACK, Scan, open_scan
 
 # Time and memory of planning grow with the square of the cuts.
 _MAX_CUTS = 400
-# The least peak may be exceeded by this factor where that saves recomputation.
-_SLACK = 1.05
 _NUM_BISECTIONS, _NUM_BOUNDS = 24, 12
 _NO_LIMIT = 2**62
 
@@ -161,13 +159,19 @@ def make_plan(
         for index, node in enumerate(graph.nodes)
         if not active.isdisjoint(node.outputs) and (scan := open_scan(node, active))
     }
-    # Without a budget, the last of these needs the least memory.
-    for plan_scan in _SCAN_POLICIES if memory_budget is not None else _SCAN_POLICIES[-1:]:
-        if scans and not (memory_budget is not None and plans[-1].meta["within_budget"]):
-            planned = {index: plan_scan(scan) for index, scan in scans.items()}
-            plans.append(_plan(graph, wanted, active, planned, block_size, memory_budget))
-            plans[-1].meta["predicted_plain_peak"] = plans[0].meta["predicted_plain_peak"]
-    if memory_budget is not None and plans[-1].meta["within_budget"]:
+
+    def is_enough(plan: CheckpointPlan) -> bool:
+        return memory_budget is not None and bool(plan.meta["within_budget"])
+
+    # Without a budget, the policy with the least memory.
+    policies = _SCAN_POLICIES[-1:] if memory_budget is None else _SCAN_POLICIES
+    for plan_scan in policies if scans else ():
+        if is_enough(plans[-1]):
+            break
+        planned = {index: plan_scan(scan) for index, scan in scans.items()}
+        plans.append(_plan(graph, wanted, active, planned, block_size, memory_budget))
+        plans[-1].meta["predicted_plain_peak"] = plans[0].meta["predicted_plain_peak"]
+    if is_enough(plans[-1]):
         return plans[-1]
     return min(plans, key=lambda plan: plan.meta["predicted_peak"])
 
@@ -279,7 +283,7 @@ def _optimise(costs: Costs, memory_budget: int | None) -> _Path:
         middle = (low + high) / 2
         low, high = (low, middle) if _least_saved(costs, middle) else (middle, high)
     if memory_budget is None or memory_budget <= high:
-        bound = high * _SLACK
+        bound = high * SLACK
         bounds: Sequence[float] = [bound]
     else:
         bound = float(memory_budget)

@@ -22,7 +22,7 @@ Values = dict[int, Any]
 Vjp = Callable[[Values, Sequence[Any]], tuple[list[Any], Callable[[Values], Values]]]
 
 # More memory than the least may be used by this factor, where that saves recomputation.
-_SLACK = 1.05
+SLACK = 1.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +56,6 @@ class Scan:
         return int(self.params["length"])
 
     @property
-    def first_carry(self) -> int:
-        """The place of the first carry among the inputs of the body."""
-        return self.num_consts
-
-    @property
     def first_x(self) -> int:
         """The place of the first scanned array among the inputs of the body."""
         return self.num_consts + self.num_carry
@@ -68,7 +63,7 @@ class Scan:
     @property
     def carry_bytes(self) -> int:
         """The bytes of one carry."""
-        return sum(map(self.body.size, self.body.inputs[self.first_carry : self.first_x]))
+        return sum(map(self.body.size, self.body.inputs[self.num_consts : self.first_x]))
 
     def block_bytes(self, block: int) -> int:
         """The bytes that are stacked again in the backward pass of a block of iterations.
@@ -85,7 +80,7 @@ class Scan:
             return self.length // block * self.carry_bytes + self.block_bytes(block)
 
         blocks = [size for size in range(1, self.length + 1) if self.length % size == 0]
-        enough = _SLACK * min(map(memory, blocks))
+        enough = SLACK * min(map(memory, blocks))
         return next(block for block in blocks if memory(block) <= enough)
 
     def vjp(
@@ -105,7 +100,7 @@ class Scan:
         operands = [
             atom.val if isinstance(atom, core.Literal) else values[atom] for atom in self.operands
         ]
-        consts, init = operands[: self.first_carry], operands[self.first_carry : self.first_x]
+        consts, init = operands[: self.num_consts], operands[self.num_consts : self.first_x]
         xs = [_split(x, block) for x in operands[self.first_x :]]
 
         def run_block(carry: Any, xs: Any) -> Any:
@@ -136,8 +131,8 @@ class Scan:
             of_xs = [None if x is None else _join(x) for x in of_xs]
             sums: dict[int, Any] = {}
             for atom, grad in zip(self.operands, [*of_consts, *of_init, *of_xs], strict=True):
-                if grad is not None and isinstance(atom, int):
-                    sums[atom] = sums[atom] + grad if atom in sums else grad
+                if isinstance(atom, int):
+                    _add_to(sums, atom, grad)
             return sums
 
         return [*last, *map(_join, ys)], pullback
@@ -149,11 +144,10 @@ class Scan:
     def _step(self, consts: Sequence[Any]) -> Any:
         # An iteration forward, which returns its carry as well.
         closed = self.params["jaxpr"]
-        num_carry = self.first_x - self.first_carry
 
         def step(carry: Any, x: Any) -> Any:
             outputs = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *consts, *carry, *x)
-            return outputs[:num_carry], (carry, outputs[num_carry:])
+            return outputs[: self.num_carry], (carry, outputs[self.num_carry :])
 
         return step
 
@@ -166,8 +160,7 @@ class Scan:
             _, pullback = body_vjp(self.consts, values)
             cotangents: Values = {}
             for v, given in zip(self.body.outputs, [*of_carry, *of_ys], strict=True):
-                if given is not None:
-                    cotangents[v] = cotangents[v] + given if v in cotangents else given
+                _add_to(cotangents, v, given)
             grads = pullback(cotangents)
             found = [grads.get(v) for v in self.body.inputs]
             found = [
@@ -176,9 +169,9 @@ class Scan:
             ]
             sums = [
                 None if so_far is None else so_far + grad
-                for so_far, grad in zip(of_consts, found[: self.first_carry], strict=True)
+                for so_far, grad in zip(of_consts, found[: self.num_consts], strict=True)
             ]
-            of_start = found[self.first_carry : self.first_x]
+            of_start = found[self.num_consts : self.first_x]
             return (of_start, sums), found[self.first_x :]
 
         return step
@@ -186,6 +179,12 @@ class Scan:
     def _zero(self, place: int, value: Any) -> Any:
         # For an input of the body that has a cotangent, else None.
         return _zeros_like(value) if self.body.inputs[place] in self.wanted else None
+
+
+def _add_to(sums: Values, key: int, value: Any) -> None:
+    # None stands for no cotangent.
+    if value is not None:
+        sums[key] = sums[key] + value if key in sums else value
 
 
 def _zeros_like(value: Any) -> Any:
@@ -218,21 +217,20 @@ def open_scan(node: Node, active: frozenset[int]) -> Scan | None:
     eqn = node.jaxpr.eqns[0]
     if node.primitive != "scan" or node.effects or eqn.params["length"] < 2:
         return None
+    counts = _count_inputs(eqn)
+    if counts is None:
+        return None
     places = {var: place for place, var in enumerate(node.jaxpr.invars)}
     operands = tuple(
         atom if isinstance(atom, core.Literal) else places[atom] for atom in eqn.invars
     )
     body = capture_body(eqn.params["jaxpr"])
-    counts = _count_inputs(eqn)
-    if counts is None:
-        return None
     num_consts, num_carry = counts
-    first_carry, first_x = num_consts, num_consts + num_carry
     moved = {
         body.inputs[place]
         for place, operand in enumerate(operands)
         # A carry that starts as a constant may depend on the others after the first iteration.
-        if first_carry <= place < first_x
+        if num_consts <= place < num_consts + num_carry
         or (not isinstance(operand, core.Literal) and node.inputs[operand] in active)
     }
     inexact = {v for v, aval in enumerate(body.avals) if is_inexact(aval)}

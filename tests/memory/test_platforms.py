@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
-from programs import W, X, assert_same, chain
+from programs import W, X, assert_same, chain, mapped
 
 from optax_smartclip.memory import height_compressed_grad
 
@@ -91,14 +90,8 @@ def test_barriers_leave_second_derivatives_as_they_are():
 
 @pytest.mark.usefixtures("barriers")
 def test_barriers_keep_apart_what_varies_over_the_devices_of_a_shard_map():
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     compressed = height_compressed_grad(chain, 3)
-    mean = jax.shard_map(
-        lambda w, x: jax.lax.pmean(compressed(w, x), "data"),
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec("data")),
-        out_specs=PartitionSpec(),
-    )
+    mean = mapped(lambda w, x: jax.lax.pmean(compressed(w, x), "data"))
     gradient = jax.block_until_ready(jax.jit(mean)(W, np.concatenate([X, 2 * X])))
     assert_same(gradient, sum(jax.grad(chain)(W, x) for x in (X, 2 * X)))
     assert compressed.last_executor is not None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from compilation import BY_DEFAULT
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from programs import assert_same
+from programs import assert_same, mapped
 
 from optax_smartclip.memory import height_compressed_grad
 
@@ -140,14 +140,8 @@ def test_keeps_shardings(kind):
 
 
 def test_under_shard_map():
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     compressed = height_compressed_grad(layers)
-    mean = jax.shard_map(
-        lambda w, x: jax.lax.pmean(compressed(w, x), "data"),
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec("data")),
-        out_specs=PartitionSpec(),
-    )
+    mean = mapped(lambda w, x: jax.lax.pmean(compressed(w, x), "data"))
     gradient = jax.block_until_ready(jax.jit(mean)(W, np.concatenate([X, 2 * X])))
     assert scan_plans(compressed)
     # JAX adds up the gradient of what is the same on all devices before the mean is taken.

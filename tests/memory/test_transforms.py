@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from programs import W, X, assert_same, chain
+from programs import W, X, assert_same, chain, mapped
 
 from optax_smartclip.memory import height_compressed_grad
 
@@ -55,13 +55,6 @@ def test_sharded_arguments_keep_their_shardings(kind, program):
     assert compressed.last_executor is not None
     assert_same(jax.device_get(gradient), jax.grad(program, (0, 1))(W, X))
     assert gradient[1].sharding.is_equivalent_to(x.sharding, 2)
-
-
-def mapped(fn):
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
-    return jax.shard_map(
-        fn, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("data")), out_specs=PartitionSpec()
-    )
 
 
 def test_shard_map_in_the_function_is_planned_around():
