@@ -22,7 +22,7 @@ test: lint $(VENV)/test ## Lint and run the tests, except for those marked as lo
 coverage: $(VENV)/test ## Show how much of the package the tests run, in a sixth more time.
 	$(BIN)/pytest $(PYTEST_OPTIONS) --cov --cov-report=term
 
-# See tests/breadth.py.
+# See tests/helpers/breadth.py.
 test-long: $(VENV)/test ## Test all combinations of clippers, layouts and modes.
 	$(BIN)/pytest $(PYTEST_OPTIONS) -m ""
 

@@ -38,7 +38,7 @@ from auto_rules import from_the_start, lower_fence_rule, quantile, upper_fence_r
 
 import optax_smartclip as smartclip
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 import reference
 
 STEPS = 1_000_000

@@ -20,7 +20,10 @@ import jax
 collect_ignore = ["mutation"]
 
 TESTS = Path(__file__).parent
-sys.path[:0] = [str(TESTS), *(str(TESTS.parent / name) for name in ("benchmarks", "examples"))]
+sys.path[:0] = [
+    str(TESTS / "helpers"),
+    *(str(TESTS.parent / name) for name in ("benchmarks", "examples")),
+]
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

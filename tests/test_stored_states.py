@@ -1,6 +1,6 @@
 """States that were saved by earlier versions go on in this one as they did then.
 
-`stored/write.py` has written them, a folder for each version.
+`stored/stored_states.py` has written them, a folder for each version.
 """
 
 import json
@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import stored_states
 from documents import ROOT
-from stored import write
 
 import optax_smartclip as smartclip
 
-VERSIONS = sorted(write.FOLDER.glob("v*"))
+VERSIONS = sorted(stored_states.FOLDER.glob("v*"))
 STORED = [
     pytest.param(version, path.stem, id=f"{version.name}-{path.stem}")
     for version in VERSIONS
@@ -66,14 +66,14 @@ def check_layout(what, today, stored):
 def test_a_stored_state_goes_on_as_it_did_when_it_was_stored(version, name):
     params, grads, losses = stream(version)
     stored = load(version / f"{name}.json")
-    tx = write.CLIPPERS[name]()
+    tx = stored_states.CLIPPERS[name]()
     target = tx.init(params)
-    layout = write.layout(target) | (AGC_THEN if name == "agc" else {})
+    layout = stored_states.layout(target) | (AGC_THEN if name == "agc" else {})
     check_layout(f"{name} of {version.name}", layout, stored["layout"])
 
     data = (version / f"{name}.msgpack").read_bytes()
     state = flax.serialization.from_bytes(target, data)
-    _, steps = write.follow(tx, state, params, grads, losses)
+    _, steps = stored_states.follow(tx, state, params, grads, losses)
     end = ZERO_STEP.get(version.name)
 
     expected = {key: arrays(stored[key]) for key in ("updates", "metrics")}
@@ -110,8 +110,8 @@ def test_what_is_stored_has_been_clipped_and_has_seen_bad_steps(version):
 
 @every_version
 def test_states_of_clippers_with_defaults_have_the_shapes_they_had(version):
-    today = write.default_layouts(stream(version)[0])
-    called_today = write.CALLED_TODAY.get(version.name, {})
+    today = stored_states.default_layouts(stream(version)[0])
+    called_today = stored_states.CALLED_TODAY.get(version.name, {})
     for name, stored in load(version / "defaults.json").items():
         layout = today[called_today.get(name, name)] | (AGC_THEN if name == "agc()" else {})
         check_layout(f"{name} of {version.name}", layout, stored)
@@ -122,7 +122,7 @@ def test_a_state_has_as_many_bytes_as_the_page_of_promises_says():
     rows = re.findall(r"^\| `(.+)` \| ([\d,]+) \|", page, re.MULTILINE)
     states = {
         name: jax.eval_shape(make().init, {"w": jnp.ones(1000)})
-        for name, make in write.DEFAULTS.items()
+        for name, make in stored_states.DEFAULTS.items()
     }
     sizes = {
         name: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
@@ -132,17 +132,17 @@ def test_a_state_has_as_many_bytes_as_the_page_of_promises_says():
 
 
 def test_this_version_has_stored_a_state_of_every_clipper():
-    folder = write.FOLDER / f"v{smartclip.__version__}"
-    assert folder in VERSIONS, "Run: python tests/stored/write.py"
-    assert {path.stem for path in folder.glob("*.msgpack")} == set(write.CLIPPERS)
+    folder = stored_states.FOLDER / f"v{smartclip.__version__}"
+    assert folder in VERSIONS, "Run: python tests/stored/stored_states.py"
+    assert {path.stem for path in folder.glob("*.msgpack")} == set(stored_states.CLIPPERS)
 
 
 def test_a_folder_that_is_there_is_not_written_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(write, "FOLDER", tmp_path)
+    monkeypatch.setattr(stored_states, "FOLDER", tmp_path)
     folder = tmp_path / f"v{smartclip.__version__}"
     folder.mkdir()
     with pytest.raises(SystemExit, match="1"):
-        write.main([])
+        stored_states.main([])
     assert "say --again" in capsys.readouterr().err
     assert not any(folder.iterdir())
 

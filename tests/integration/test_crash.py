@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import crashing_run
 import numpy as np
-from integration import crashing_run
 from trees import assert_same_bits
 
 PROGRAM = Path(crashing_run.__file__)

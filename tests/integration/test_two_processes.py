@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import reference
-from integration import two_processes
+import two_processes
 
 WORKER = Path(two_processes.__file__)
 # For both from start to end; about 7 if nothing else runs.

@@ -1,7 +1,7 @@
 """Writes down what every clipper has learnt after some steps, and what it does in the next.
 
-    python tests/stored/write.py            the folder of the current version
-    python tests/stored/write.py --again    in place of one that is there
+    python tests/helpers/stored_states.py            the folder of the current version
+    python tests/helpers/stored_states.py --again    in place of one that is there
 
 `test_stored_states.py` restores the states of all versions and expects the same steps. The folder
 of a version that has been released is never written again: people have such checkpoints.
@@ -20,7 +20,7 @@ import numpy as np
 
 import optax_smartclip as smartclip
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1] / "stored"
 
 # The arguments are those that the states were stored with. Where one is left out, its default may
 # not change: a run that was saved with it could not go on.

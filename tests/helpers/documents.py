@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # Python with the warnings as errors that are errors in the tests; conftest.py adds them.
 STRICT_PYTHON = [sys.executable]
