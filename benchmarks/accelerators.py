@@ -1,33 +1,33 @@
-"""What clipping costs on accelerators that are not there: a TPU v5e and an H100.
+"""The cost of clipping on accelerators, without the hardware: a TPU v5e and an H100.
 
-XLA compiles training steps ahead of time for a description of a device, and this reads what the
-compiled programs do. Nothing runs, so that any machine will do and the figures, but for the time of
-compilation, are the same on all. A step has no model: it is the clipper, the optimizer and
-`optax.apply_updates`, with parameters and states donated. Prints a table for each model and device,
-then the targets with what was found; writes all figures to `accelerators.json`.
+XLA compiles training steps ahead of time from a description of the device, and this program
+analyzes the compiled text. Nothing runs, so any machine will do, and all figures except the time of
+compilation are the same everywhere. A step has no model: it consists of the clipper, the optimizer
+and `optax.apply_updates`, with parameters and states donated. Prints a table for each model and
+device, then the targets with the measured values; writes all figures to `accelerators.json`.
 
     python benchmarks/accelerators.py [--out accelerators] [--devices v5e h100 v4 v5p v6e]
                                       [--models 185M mlp] [--clippers agc] [--quick] [--swap]
 
-- HBM: what a step reads and writes in main memory, in units of the size of the parameters that a
-  device holds. It is counted from the text of the program (`program_text.py` says how), because
-  XLA's own analysis counts the bodies of loops, and what is fetched ahead twice.
-- apart: the same of one round of each loop and of the costliest branch of each conditional, which
-  do not run in every step.
-- kernels: fusions, reductions and copies that run in every step, each of which a GPU launches. A
-  copy that goes on beside others, from one memory of a TPU to another, is none.
-- copies: how many of the kernels are copies.
-- collectives: how many all-reduces, all-gathers and so on run in every step.
-- loops: loops and conditionals.
+- HBM: the main memory traffic of a step (reads and writes), in units of the size of the parameters
+  that a device holds. It is counted from the text of the program (see `program_text.py`), because
+  XLA's own analysis includes the bodies of loops and counts prefetched arrays twice.
+- apart: the traffic of one iteration of each loop and of the costliest branch of each conditional,
+  which do not run in every step.
+- kernels: fusions, reductions and copies that run in every step; a GPU launches each of them. The
+  asynchronous copies of a TPU from one memory to another are not counted.
+- copies: the number of kernels that are copies.
+- collectives: the number of all-reduces, all-gathers and so on in every step.
+- loops: the number of loops and conditionals.
 - temp: temporary memory of the program, in the same units as HBM, without a TPU's fast memory.
-- compile: seconds to trace, lower and compile, once, after all caches were emptied.
+- compile: seconds to trace, lower and compile once, after all caches were emptied.
 
-A device holds all parameters, or a quarter of them (`FSDP`): each array is split along its longest
-axis that four divides, and the state of the optimizer likewise.
+A device holds all parameters, or a quarter of them (`FSDP`): each array, also in the state of the
+optimizer, is split along the longest of its axes that are divisible by four.
 
-With `--swap`, a step takes the state before the parameters but returns it after them. JAX gives the
-donated buffers, in the order of the arguments, to results of the same shape, so that each goes to
-another array than its own. On a GPU, XLA then copies two arrays for each parameter in every step.
+With `--swap`, a step takes the state before the parameters but returns it after them. JAX assigns
+the donated buffers, in the order of the arguments, to results of the same shape, so each buffer
+goes to a different array. On a GPU, XLA then copies two arrays for each parameter in every step.
 """
 
 import argparse
@@ -89,10 +89,10 @@ from targets import Target, format_targets
 import optax_smartclip as smartclip
 
 Tree = Any
-# A device, a model, and how many devices it is split over.
+# A device, a model, and the number of devices that the model is split over.
 Cell = tuple[str, str, int]
 
-# An H100 as XLA describes it (`GpuTargetConfig` of protobuf): what is left out is zero.
+# An H100 in XLA's format (the protobuf `GpuTargetConfig`); omitted fields are zero.
 H100_CONFIG = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -123,14 +123,14 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 V5E, H100 = "v5e", "h100"
-# Slices of four chips.
+# Each topology has four chips.
 TPUS = {V5E: "v5e:2x2", "v4": "v4:2x2x1", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 DEVICES = (*TPUS, H100)
 COMPILERS = ("libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
 
 
 def describe(device: str, count: int) -> list[Any]:
-    """So many devices of a kind, to compile for."""
+    """The given number of devices of one kind, as targets of compilation."""
     if device == H100:
         return topologies.get_topology_desc(
             platform="cuda",
@@ -142,7 +142,7 @@ def describe(device: str, count: int) -> list[Any]:
 
 
 def set_up() -> str:
-    """The compilers, so that libtpu asks for no machine and JAX for no device: their versions."""
+    """Prepares the compilers to work without devices, and returns their versions."""
     import libtpu
 
     os.environ |= {
@@ -150,10 +150,10 @@ def set_up() -> str:
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_LIBRARY_PATH": libtpu.get_library_path(),
-        # Without devices, processes are not in each other's way.
+        # Several processes can load libtpu, since none of them uses a device.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
-    # Looking for a GPU, the CUDA plugin would fail without a driver.
+    # If JAX looked for a GPU, the CUDA plugin would fail without a driver.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     versions = (f"{name} {metadata.version(name)}" for name in COMPILERS)
@@ -174,7 +174,7 @@ CLIPPERS: dict[str, Wrap] = {
     **{name: CONTENDERS[name] for name in EXTENSIONS},
 }
 
-# What is compiled: which clippers, on which model, over how many devices.
+# The clippers to compile, by model and number of devices.
 FSDP = 4
 CELLS: dict[tuple[str, int], tuple[str, ...]] = {
     (MLP, 1): tuple(CLIPPERS),
@@ -206,17 +206,17 @@ class Row(NamedTuple):
 
     @property
     def all_reduces(self) -> int:
-        """How many there are in every step."""
+        """The number of all-reduces in every step."""
         return self.collectives.get("all-reduce", 0)
 
     @property
     def other_collectives(self) -> int:
-        """All-gathers and so on."""
+        """The number of all-gathers and so on in every step."""
         return sum(self.collectives.values()) - self.all_reduces
 
 
 def split(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Along the longest axis that can be."""
+    """Splits an array along the longest axis that the number of devices divides."""
     count = mesh.devices.size
     axes: list[str | None] = [None] * len(shape)
     can_be = [axis for axis, size in enumerate(shape) if size % count == 0]
@@ -232,7 +232,7 @@ def compile_step(
     swap: bool,
     parts: int | None = None,
 ) -> tuple[Any, int, float]:
-    """The program, the bytes of parameters that a device holds, and seconds of compilation."""
+    """Returns the program, the bytes of parameters on a device, and seconds of compilation."""
     shapes = jax.tree.leaves(MODELS[model](), is_leaf=is_shape)
     shardings = {shape: split(shape, mesh) for shape in shapes}
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -241,7 +241,7 @@ def compile_step(
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=shardings[shape])
 
     def in_state(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        # An array of the optimizer is split as the parameter that it is for.
+        # An array of the optimizer is split like its parameter.
         sharding = shardings.get(leaf.shape, everywhere)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -278,7 +278,7 @@ def compile_step(
 
 
 def measure(device: str, model: str, count: int, clipper: str, swap: bool) -> Row:
-    """Compiles a step and reads the program."""
+    """Compiles a step and analyzes the program."""
     mesh = Mesh(np.array(describe(device, count)), ("devices",))
     tx = CLIPPERS[clipper](OPTIMIZERS[optimizer_of(model)]())
     compiled, held, seconds = compile_step(model, tx, mesh, swap, PARTS.get(clipper))
@@ -304,17 +304,17 @@ WIDTH = max(map(len, CLIPPERS)) + 1
 
 
 def optimizer_of(model: str) -> str:
-    """Adam for the agent's, AdamW for the others."""
+    """The optimizer of a model: Adam for the agent's, AdamW for the others."""
     return ADAM if model == MLP else ADAMW
 
 
 def place(device: str, model: str, count: int) -> str:
-    """In words."""
+    """The model and the devices, in words."""
     return f"{model}, {device}" if count == 1 else f"{model}, FSDP over {count} {device}"
 
 
 def title(device: str, model: str, count: int) -> str:
-    """What stands above a table."""
+    """The heading of a table."""
     shapes = jax.tree.leaves(MODELS[model](), is_leaf=is_shape)
     return (
         f"\n{place(device, model, count)}, {optimizer_of(model)}: "
@@ -334,7 +334,7 @@ def format_row(row: Row) -> str:
     )
 
 
-# Figures in the texts of targets.
+# The names of figures in the texts of targets.
 NAMES = {
     "traffic": "HBM in parameter sizes",
     "kernels": "kernels",
@@ -346,7 +346,7 @@ NAMES = {
 
 
 def check_targets(rows: Iterable[Row]) -> list[Target]:
-    """Those whose rows have been measured."""
+    """The targets whose rows have been measured."""
     found = {(row.device, row.model, row.count, row.clipper): row for row in rows}
     targets: list[Target] = []
 
@@ -382,7 +382,7 @@ def check_targets(rows: Iterable[Row]) -> list[Target]:
 def select_cells(
     models: list[str] | None, clippers: list[str] | None, quick: bool
 ) -> dict[tuple[str, int], tuple[str, ...]]:
-    """What the options leave of the table: names that contain one of the given words."""
+    """Selects the cells and clippers whose names contain one of the given words."""
     cells = {}
     for (model, count), labels in (QUICK if quick else CELLS).items():
         left = tuple(label for label in labels if is_chosen(label, clippers))

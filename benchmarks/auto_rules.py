@@ -1,12 +1,13 @@
-"""Which rule should `autoclip()` follow when it is given no percentile?
+"""Compares candidates for the default rule of `autoclip()`, without a percentile, on streams.
 
-Runs candidates, written in NumPy, over the streams of `streams.py` with several seeds, and
-prints for each how many seeds pass. The three families are a multiple of the rolling median, the
-upper quartile plus a multiple of the interquartile range, and the median plus a multiple of its
-distance to the lower quartile. Until there are 10 norms, the threshold is a multiple of their
-median, from the first norm on: 3 times for the first two families, 1.5 times for the third.
+Runs candidates, written in NumPy, over the streams of `streams.py` with several seeds, and prints
+the number of seeds at which each passes. There are three families: a multiple of the rolling
+median; the upper quartile plus a multiple of the interquartile range; and the median plus a
+multiple of its distance to the lower quartile. From the first norm on and until there are 10 norms,
+the threshold is a multiple of their median: 3 times for the first two families, 1.5 times for the
+third.
 
-The streams say which candidates are safe. Which of those train best, `make study-rules` says.
+The streams show which candidates are safe. `make study-rules` shows which of those train best.
 
     python benchmarks/auto_rules.py [--seeds 20]
 """
@@ -58,7 +59,7 @@ def upper_fence_rule(factor: float) -> Threshold:
 
 
 def from_the_start(threshold: Threshold, early_factor: float) -> Threshold:
-    """A multiple of the median until there are ten norms; infinite where that is zero."""
+    """Uses a multiple of the median until there are ten norms; a limit of 0 becomes infinite."""
     early = median_rule(early_factor)
 
     def limit(ordered: list[float]) -> float:
@@ -69,7 +70,7 @@ def from_the_start(threshold: Threshold, early_factor: float) -> Threshold:
 
 
 def clipper(threshold: Threshold, window: int, early_factor: float = 3.0) -> streams.Clipper:
-    """Clips by a function of the last `window` finite raw norms before the current, sorted."""
+    """Clips by a function of the last `window` finite raw norms before this one, sorted."""
     rule = from_the_start(threshold, early_factor)
 
     def run(norms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

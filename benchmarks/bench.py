@@ -1,39 +1,39 @@
-"""What clipping costs: time, memory traffic, memory and compilation, next to what others cost.
+"""Compares the cost of clippers: time, memory traffic, memory and compilation.
 
-Times compiled training steps without a model: the gradient is random and always the same, so that
-a step is the clipper, the optimizer and `optax.apply_updates`, with parameters and states donated.
-Prints a table for each model and optimizer, then the targets with what was measured; writes all
-figures to `bench.json`.
+Times compiled training steps without a model: the gradient is random and always the same, so a step
+consists of the clipper, the optimizer and `optax.apply_updates`, with parameters and states
+donated. Prints a table for each model and optimizer, then the targets with the measured values;
+writes all figures to `bench.json`.
 
     python benchmarks/bench.py [--out bench] [--models 24M toy] [--clippers agc] [--repeats 15]
                                [--quick]
 
 Each clipper is compared with one other, its reference, in pairs: some steps of one, some steps of
-the other, in an order that changes each time, on the same buffers. `ratio` is the median over the
-pairs, with quartiles, so that it hardly depends on what else the machine does.
+the other, in alternating order, on the same buffers. `ratio` is the median over the pairs, with
+quartiles, so it hardly depends on the other load of the machine.
 
 - step: median time in milliseconds (microseconds on the toy model).
-- floor: step in units of what it would take if the norm cost no more than to read the gradient: the
-  optimizer's own time plus one read at the bandwidth at which this machine copies.
-- bytes: what XLA says the step reads and writes, in units of the size of the parameters. XLA counts
-  one round of a loop, and the costlier branch of a conditional; this is without the loop in which a
-  gradient is read again if its squares overflow or underflow, and with the cheaper branch. In
-  brackets, where it differs: as XLA counts.
+- floor: the time of a step in units of a lower bound, in which the norm costs only one read of the
+  gradient: the optimizer's own time plus that read at the machine's copy bandwidth.
+- bytes: XLA's count of bytes read and written by the step, in units of the size of the parameters.
+  XLA counts one iteration of a loop and the costlier branch of a conditional. Our figure excludes
+  the loop in which a gradient is read again if its squares overflow or underflow, and counts the
+  cheaper branch. XLA's own count follows in brackets if it differs.
 - temp: temporary memory of the program, in units of the size of the parameters. On a CPU, a program
-  takes it from the system anew in each step, which with pages of 4 kB costs more than its traffic:
+  takes it from the system again in each step. With pages of 4 kB, this costs more than the traffic;
   GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment shows how much.
-- compile: seconds to trace, lower and compile, after all caches were emptied: once, but the median
-  of three, in turns, for the steps of `COMPILATIONS`.
-- state: bytes that the clipper keeps; those of the moments too where it is an optimizer itself.
+- compile: seconds to trace, lower and compile after all caches were emptied. It is measured once,
+  except for the steps of `COMPILATIONS`: there it is the median of three, taken in turns.
+- state: bytes of the clipper's state, including the moments if it is an optimizer itself.
 
-Two rows show where the rest of the cost is: `min(1, 1 / norm)` is as little as clipping can be, and
-`clip_by_rule, fixed` has all of this library but something that learns. Two more, of the toy model,
-carry the state of a clipper and do nothing with it but add one. One has `agc()` without what its
-metrics say of the units.
+Two rows show where the rest of the cost is: `min(1, 1 / norm)` is minimal clipping, and
+`clip_by_rule, fixed` runs this library without a threshold that adapts. Two more, of the toy model,
+carry the state of a clipper and only add one to it. Another row is `agc()` without its metrics
+about the units.
 
-Two of the others take the norm to the host in every step: `smartclip 0.1.1` runs eagerly (with
-warm-up off and `jax.tree_map`, which newer JAX has no more, put back), and `norm on the host` is
-what users of PyTorch's `clip_grad_norm_` write: norm in one program, `float()`, scale in another.
+Two of the other clippers take the norm to the host in every step. `smartclip 0.1.1` runs eagerly,
+with warm-up off and with `jax.tree_map` restored, which newer JAX has removed. `norm on the host`
+follows PyTorch's `clip_grad_norm_`: the norm in one program, `float()`, the scaling in another.
 """
 
 import argparse
@@ -103,11 +103,11 @@ Tree = Any
 REPEATS = 15
 QUICK_REPEATS = 5
 
-# Clippers taken apart.
+# Parts of clippers.
 
 
 def state_alone(clipper: optax.GradientTransformation) -> Wrap:
-    """A fixed limit, which adds one to whatever the clipper would keep: what it costs to carry."""
+    """Clips at a fixed limit and adds one to the clipper's state: the cost of carrying it."""
     fixed = optax.clip_by_global_norm(1.0)
 
     def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
@@ -118,7 +118,7 @@ def state_alone(clipper: optax.GradientTransformation) -> Wrap:
 
 
 def least() -> optax.GradientTransformation:
-    """As little as clipping to a norm of 1 can be: nothing is learnt, recorded or made safe."""
+    """Minimal clipping to a norm of 1: nothing is learned or recorded, nor is overflow handled."""
 
     def update(updates: Tree, state: optax.EmptyState, params: Tree = None) -> tuple[Tree, Tree]:
         del params
@@ -130,13 +130,13 @@ def least() -> optax.GradientTransformation:
 
 
 def agc_without_report() -> Wrap:
-    """`agc()` without what its metrics say of the units."""
+    """`agc()` without its metrics about the units."""
     with mock.patch.object(agc, "report_units", lambda previous, *_: previous):
         return before(smartclip.agc())
 
 
 def norm_on_the_host(optimizer: optax.GradientTransformation) -> Step:
-    """What users of PyTorch's `clip_grad_norm_` write."""
+    """A step in the manner of PyTorch's `clip_grad_norm_`."""
     norm_of, optimize = jax.jit(optax.tree.norm), scaled_step(optimizer)
 
     def step(params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
@@ -147,7 +147,7 @@ def norm_on_the_host(optimizer: optax.GradientTransformation) -> Step:
 
 
 def eager_smartclip(optimizer: optax.GradientTransformation) -> Step:
-    """The package smartclip, which runs eagerly."""
+    """A step of the package smartclip, which runs eagerly."""
     jax.tree_map = jax.tree.map
     clipper = smartclip_011.AutoClip(warmup_steps=0, min_history=0)
     optimize = scaled_step(optimizer)
@@ -169,7 +169,7 @@ def scaled_step(optimizer: optax.GradientTransformation) -> Any:
     return jax.jit(apply, donate_argnums=(0, 1))
 
 
-# The engine alone.
+# The engine without a history.
 FIXED = smartclip.ThresholdRule(
     init=jnp.ones, threshold=lambda limits, _: limits, record=lambda limits, *_: limits
 )
@@ -189,7 +189,7 @@ CLIPPERS: dict[str, Wrap] = {
 }
 HOST_STEPS = {FETCHED: norm_on_the_host, EAGER: eager_smartclip}
 LESS_THAN_AGC = ("agc(), no report",)
-# Its products of square matrices take seconds on a CPU.
+# `spectral_clip()` takes seconds on a CPU, since it multiplies square matrices.
 ON_SOME_MODELS = (*LESS_THAN_AGC, PER_LAYER, STACKS, SPECTRAL)
 REFERENCES = {
     WINDOW65536: WINDOW128,
@@ -204,7 +204,7 @@ REFERENCES = {
     **dict.fromkeys((AGC, *LESS_THAN_AGC), ADAPTIVE),
 }
 
-# What is measured by default: which clippers, on which model, before which optimizer.
+# The clippers that are measured by default, by model and optimizer.
 CELLS: dict[tuple[str, str], tuple[str, ...]] = {
     (TOY, ADAMW): (
         *(name for name in CLIPPERS if name not in ON_SOME_MODELS),
@@ -226,18 +226,16 @@ CELLS: dict[tuple[str, str], tuple[str, ...]] = {
     (STACK4, ADAMW): (AUTO, STACKS),
 }
 QUICK = {(TOY, ADAMW): (NONE, AUTO, WINDOW1024), (GPT24, ADAMW): (NONE, AUTO)}
-# Compiled so often; of the others once, because they take long or no target asks for them.
+# The number of compilations of some steps. The others are compiled once, because they take long or
+# do not have a target.
 COMPILATIONS = {(GPT24, ADAMW, label): 3 for label in (GLOBAL, LEAST, ENGINE, AUTO)} | {
     (model, ADAMW, STACKS): 3 for model in (STACK128, STACK4)
 }
 COMPARED = Contenders(CLIPPERS, WITH_OWN_STATE, PARTS, HOST_STEPS, REFERENCES, COMPILATIONS)
 
 
-# The targets.
-
-
 def check_targets(rows: list[Row]) -> list[Target]:
-    """Those whose rows have been measured."""
+    """The targets whose rows have been measured."""
     by_name = {(row.model, row.optimizer, row.clipper): row for row in rows}
     targets: list[Target] = []
 
@@ -282,8 +280,8 @@ def check_targets(rows: list[Row]) -> list[Target]:
         ratio_of("bytes", 1.0, model, SGD, AGC)
     time_of(1.2, GPT24, ADAMW, WINDOW65536)
 
-    # Where each leaf has a window, some of it is for the windows. Updates that are judged after
-    # they are computed have to be held until then.
+    # These clippers need more temporary memory. With a window for each leaf, some of it is for the
+    # windows. Updates that are judged after they are computed must be held until then.
     larger = (PER_PARAM, UPDATES, SPECTRAL, STABLE, KEEP)
     excess = {
         row: row.temp - by_name[row.model, row.optimizer, row.reference].temp
@@ -301,7 +299,7 @@ def check_targets(rows: list[Row]) -> list[Target]:
 def select_cells(
     models: list[str] | None, clippers: list[str] | None, quick: bool
 ) -> dict[tuple[str, str], tuple[str, ...]]:
-    """What the options leave of the table: names that contain one of the given words."""
+    """Selects the cells and clippers whose names contain one of the given words."""
     cells = {}
     for (model, optimizer), labels in (QUICK if quick else CELLS).items():
         left = tuple(label for label in labels if label == NONE or is_chosen(label, clippers))
@@ -328,7 +326,7 @@ def main() -> None:
     print(describe_machine(jax, optax), flush=True)
     bandwidth = copy_bandwidth()
     print(f"It copies {bandwidth / 1e9:.1f} GB/s, reads and writes together.", flush=True)
-    # What is imported or set up in the first compilation is nobody's cost.
+    # The first compilation includes imports and set-up, which must not count for any clipper.
     Program(World(MODELS[TOY](), optax.adamw(1.0), False), CLIPPERS[AUTO])
 
     rows: list[Row] = []

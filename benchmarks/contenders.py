@@ -18,7 +18,7 @@ def before(clipper: optax.GradientTransformation) -> Wrap:
 
 
 def mean_over_parts() -> optax.GradientTransformation:
-    """The mean over the first axis of each leaf, along which parts of a batch are stacked."""
+    """Takes the mean over the first axis of each leaf, along which parts of a batch are stacked."""
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, Any]:
         del params
@@ -73,9 +73,9 @@ CLIPPERS: dict[str, Wrap] = {
     MICRO: before(smartclip.clip_micro_batches(smartclip.autoclip())),
     SPECTRAL: lambda optimizer: optax.chain(optimizer, smartclip.spectral_clip()),
 }
-# Their states hold more, or something else, than one state of the optimizer.
+# Optimizers whose states do not consist of the clipper's state and one state of the optimizer.
 WITH_OWN_STATE = (STABLE, KEEP)
-# How many parts the gradient has that a step is given.
+# The number of parts in the gradient of a step.
 PARTS = {MEAN: 4, MICRO: 4}
 
 ADAMW, ADAM, SGD, ALONE = "adamw", "adam", "sgd", "alone"
@@ -88,5 +88,5 @@ OPTIMIZERS = {
 
 
 def is_chosen(name: str, words: list[str] | None) -> bool:
-    """Whether a name in a table contains one of the words of an option; all do without words."""
+    """Whether a name contains one of the words of an option; always true without the option."""
     return words is None or any(word.lower() in name.lower() for word in words)

@@ -14,15 +14,15 @@ from timed_steps import HostProgram, Program, Step, Times, World, num_bytes, run
 
 
 class Contenders(NamedTuple):
-    """What the rows of the tables are, by their names.
+    """The steps that the rows of the tables compare, by name.
 
     Attributes:
         wraps: Steps that are one program.
-        own_state: Those of `wraps` whose states cannot share that of the optimizer.
-        parts: How many parts of a batch the gradient of a step is stacked from, if it is.
-        host_steps: From an optimizer to a step that is more than one program.
-        references: What a step is compared with, if not with a fixed limit.
-        compilations: How often a step is compiled, by model, optimizer and name, if not once.
+        own_state: Those of `wraps` that cannot share the optimizer's state with other steps.
+        parts: The number of parts that the gradient of a step consists of, if it is stacked.
+        host_steps: Functions from an optimizer to a step of more than one program.
+        references: The step that a step is compared with, if not with a fixed limit.
+        compilations: The number of compilations by model, optimizer and name, if not one.
     """
 
     wraps: Mapping[str, Wrap]
@@ -33,11 +33,11 @@ class Contenders(NamedTuple):
     compilations: Mapping[tuple[str, str, str], int]
 
     def names(self) -> tuple[str, ...]:
-        """In the order of the rows."""
+        """The names of all steps, in the order of the rows."""
         return (*self.wraps, *self.host_steps)
 
     def program(self, world: World, name: str) -> Program | HostProgram:
-        """A step of that name, compiled."""
+        """Compiles the step of that name."""
         if name in self.host_steps:
             return HostProgram(world, self.host_steps[name])
         shares_state = name not in self.own_state
@@ -48,7 +48,8 @@ class Row(NamedTuple):
     """The figures of one clipper; times in seconds, sizes in units of the parameters' size.
 
     Attributes:
-        ratio, extra: Time in units of the reference's and less the reference's: median, quartiles.
+        ratio: Time divided by the reference's: median and quartiles.
+        extra: Time minus the reference's: median and quartiles.
     """
 
     model: str
@@ -75,11 +76,11 @@ def measure_cell(
     repeats: int,
     bandwidth: float,
 ) -> list[Row]:
-    """All clippers on one model with one optimizer."""
+    """Measures all clippers on one model with one optimizer."""
     world = World(MODELS[model](), OPTIMIZERS[optimizer](), optimizer == ALONE)
     size = num_bytes(world.params)
     pairs = {label: contenders.references.get(label, GLOBAL) for label in labels if label != GLOBAL}
-    # A reference has a row, too.
+    # References also have rows.
     pairs = {**{label: GLOBAL for label in pairs.values() if label != GLOBAL}, **pairs}
     needed = [label for label in contenders.names() if label in {GLOBAL, *pairs}]
     programs = {label: contenders.program(world, label) for label in needed}
@@ -98,7 +99,7 @@ def measure_cell(
         times[label].reference for label, reference in pairs.items() if reference == GLOBAL
     ]
     times[GLOBAL] = Times(np.concatenate(by_global), np.concatenate(by_global))
-    # By ratios, which hold also where the machine was slower for one pair than for another.
+    # We use ratios, which hold even if the machine was slower during some of the pairs.
     relative = {GLOBAL: 1.0}
     for label, reference in pairs.items():
         relative[label] = times[label].ratio()[0] * relative[reference]
@@ -132,12 +133,12 @@ def measure_cell(
 
 
 def number(value: float | None, form: str) -> str:
-    """A dash where there is none."""
+    """Formats a number; a missing one is a dash."""
     return "-" if value is None else format(value, form)
 
 
 def format_cell(contenders: Contenders, rows: list[Row]) -> str:
-    """The table of one model and optimizer."""
+    """Formats the table of one model and optimizer."""
     micro = rows[0].model == TOY
     unit = 1e6 if micro else 1e3
     width = max(map(len, contenders.names())) + 1

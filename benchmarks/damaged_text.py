@@ -1,15 +1,15 @@
-"""A training run in which some batches are damaged, to see what a clipper saves of it.
+"""A training run with some damaged batches, which shows how well a clipper protects it.
 
-A small network predicts the next character of English text (`pydoc_data.topics`, which comes with
-every CPython) from the 12 before it, trained by AdamW. In 2 % of the steps, and in a burst of 8,
-the batch is damaged in one of two ways that happen in practice:
+A small network predicts the next character of English text (`pydoc_data.topics`, which ships with
+every CPython) from the 12 before it. It is trained by AdamW. In 2 % of the steps, and in a burst of
+8, the batch is damaged in one of two ways that happen in practice:
 
 - garbage: the characters are random, as when a shard is decoded wrongly. Such gradients point in
   a wrong direction, and are up to five times as large as others;
-- not normalised: the features (the embedded characters) are 255 times too large, as when a worker
+- not normalized: the features (the embedded characters) are 255 times too large, as when a worker
   forgets to divide by 255. These gradients are hundreds of times as large as others.
 
-Either gets into Adam's moments and stays there, for hundreds of steps in the second.
+Both kinds enter Adam's moments and stay there, in the second moment for hundreds of steps.
 """
 
 from collections import Counter
@@ -33,7 +33,7 @@ DAMAGED = 0.02
 BURST = 8
 CLEAN, GARBAGE, NOT_NORMALISED = range(3)
 
-# Around an optimizer, what clips its gradients or drops its steps.
+# Wraps an optimizer in a clipper of its gradients or a guard that drops its steps.
 Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
 
 
@@ -46,12 +46,12 @@ class Corpus(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What all clippers start from and see.
+    """The initial parameters and the data, which are the same for all clippers.
 
     Attributes:
-        params: The first parameters, each with a leading axis of seeds.
+        params: The initial parameters, each with a leading axis of seeds.
         windows: CONTEXT characters and the one that follows, [seeds, steps, BATCH, CONTEXT + 1].
-        kinds: Whether a batch is clean, garbage or not normalised, [seeds, steps].
+        kinds: Whether a batch is clean, garbage or not normalized, [seeds, steps].
         held_out: Windows of text that is not trained on.
     """
 
@@ -62,11 +62,11 @@ class Task(NamedTuple):
 
 
 class Run(NamedTuple):
-    """How the runs of one clipper went.
+    """The results of one clipper.
 
     Attributes:
         held_out: Bits per character at the end, [seeds].
-        norms: Of the gradients before clipping, [seeds, steps].
+        norms: The norms of the gradients before clipping, [seeds, steps].
     """
 
     held_out: np.ndarray
@@ -83,7 +83,7 @@ def load_corpus() -> Corpus:
 
 
 def load_task(seeds: int, steps: int, *, damaged: bool = True) -> Task:
-    """Draws parameters and batches: the same ones whether they are then damaged or not."""
+    """Draws parameters and batches. Apart from the damage, `damaged` does not change them."""
     corpus = load_corpus()
     span = np.arange(CONTEXT + 1)
     drawn = []
@@ -109,7 +109,7 @@ def load_task(seeds: int, steps: int, *, damaged: bool = True) -> Task:
 
 
 def init_params(num_characters: int, generator: np.random.Generator) -> dict:
-    """An embedding, two hidden layers and a linear head."""
+    """Draws the parameters of an embedding, two hidden layers and a linear head."""
     sizes = {
         "first": (CONTEXT * EMBEDDING, HIDDEN),
         "second": (HIDDEN, HIDDEN),
@@ -134,7 +134,7 @@ def bits_per_character(params: dict, windows: jax.Array, scale=1.0):
 
 
 def train(wrap: Wrap, task: Task, learning_rate: float) -> Run:
-    """Trains with one clipper, with all seeds at once. The loss is given as Optax's `value`."""
+    """Trains with one clipper, all seeds at once. The loss is passed as Optax's `value`."""
     steps = task.kinds.shape[1]
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
     tx = optax.with_extra_args_support(wrap(optax.adamw(schedule, weight_decay=1e-2)))
@@ -154,5 +154,5 @@ def train(wrap: Wrap, task: Task, learning_rate: float) -> Run:
         (params, _), norms = jax.lax.scan(step, start, (task.windows, task.kinds))
         return bits_per_character(params, task.held_out), norms
 
-    # The task is an argument: of constants, XLA tries to compute things while it compiles.
+    # The task is an argument, because XLA would try to fold constants during compilation.
     return Run(*(np.asarray(field, np.float64) for field in all_seeds(task)))

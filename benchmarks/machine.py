@@ -1,4 +1,4 @@
-"""What a table of figures says about where it was made."""
+"""Describes the machine and the software that produced a table of figures."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ import jax
 
 
 def describe_machine(*packages: ModuleType) -> str:
-    """Versions, machine, backend, device."""
+    """Returns the versions of packages, the machine, the backend and the device."""
     versions = ", ".join(f"{package.__name__} {package.__version__}" for package in packages)
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():

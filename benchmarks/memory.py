@@ -2,22 +2,23 @@
 
     python benchmarks/memory.py [--models mlp transformer scan ...] [--repeats 7] [--out memory]
 
-Prints a table for each model, then the targets with what was measured; writes all figures to
-`memory.json`. `by hand` has `jax.checkpoint` around each layer, as one would write it.
+Prints a table for each model, then the targets with the measured values; writes all figures to
+`memory.json`. `by hand` has `jax.checkpoint` around each layer, as a user would write it.
 
 - temp: `memory_analysis().temp_size_in_bytes` of the compiled gradient, in MiB.
-- predicted: what the plan says of it, in MiB.
-- ms: median time in milliseconds, all kinds in turns, so that what else the machine does hits all
-  alike.
+- predicted: the plan's prediction of temp, in MiB.
+- ms: median time in milliseconds. The kinds run in turns, so that other load of the machine affects
+  all of them alike.
 - ratio: the median over the turns of the time in units of the plain gradient's.
 - compile: seconds to trace, plan, lower and compile, once.
-- error: the largest difference to the plain gradient, in units of its largest element.
+- error: the largest difference from the plain gradient, in units of its largest element.
 
     python benchmarks/memory.py --devices v5e h100 [--models mlp large-mlp ...]
 
-Compiles for devices that are not there, with what `make accelerators` installs: prints the
-temporary memory and the prediction, without times and errors. A TPU keeps what fits in its fast
-memory (128 MiB on a v5e), which XLA does not count as temporary: the large models exceed it.
+Compiles for devices without the hardware, with the compilers that `make accelerators` installs.
+Prints the temporary memory and the prediction, without times and errors. A TPU places arrays in its
+fast memory (128 MiB on a v5e) if they fit. XLA does not count that memory as temporary; the large
+models exceed it.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def mlp(wrap, batch=1024, width=128, layers=64):
 
 
 def decoder(batch, length, width, heads):
-    """A layer of a decoder and the norm before it; parameters of a layer from a seed."""
+    """Returns a layer of a decoder, its norm, and a function from a seed to its parameters."""
 
     def norm(x):
         x = x - jnp.mean(x, -1, keepdims=True)
@@ -168,7 +169,7 @@ LARGE = {
 
 
 def gradients(model):
-    """The three kinds of gradient, with parameters and an input."""
+    """Returns the three kinds of gradient, with parameters and an input."""
     make = {**MODELS, **LARGE}[model]
     plain, params, x = make(lambda layer: layer)
     by_hand, _, _ = make(jax.checkpoint)
@@ -178,7 +179,7 @@ def gradients(model):
 
 
 def add_predictions(rows, compressed):
-    """Puts what the plan says into the rows."""
+    """Adds the predictions of the plan to the rows."""
     meta = compressed.last_executor.checkpoint_plan.meta
     rows["compressed"]["predicted"] = meta["predicted_peak"] / 2**20
     rows["compressed"]["meta"] = meta
@@ -186,7 +187,7 @@ def add_predictions(rows, compressed):
 
 
 def compile_for(device, model):
-    """Compiles the three kinds of gradient for a device that need not be there."""
+    """Compiles the three kinds of gradient for a device, which need not be present."""
     kinds, *arguments = gradients(model)
     sharding = jax.sharding.SingleDeviceSharding(device)
     arguments = jax.tree.map(
@@ -239,12 +240,12 @@ def format_row(model, kind, row):
 
 
 def check_targets(figures):
-    """Lines for what is to be reached, by those models that were measured."""
+    """Returns a line for each target of the models that were measured."""
     lines = []
     for model, rows in figures.items():
         plain, by_hand, ours = (rows[kind] for kind in ("plain", "by hand", "compressed"))
         targets = []
-        # On a TPU all of it may be in fast memory.
+        # On a TPU, all of the temporary arrays may be in fast memory.
         if ours["temp"] >= 1:
             targets.append(("temp / by hand", 1.1, ours["temp"] / by_hand["temp"]))
             factor = ours["predicted"] / ours["temp"]
@@ -270,7 +271,7 @@ def main():
     args = parser.parse_args()
     record = {}
     if args.devices:
-        # Only these need the compilers of accelerators.
+        # Only compiling for devices needs the accelerators' compilers.
         from accelerators import describe, set_up
 
         record["compilers"] = set_up()

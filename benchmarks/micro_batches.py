@@ -1,15 +1,15 @@
-"""Where a few examples of a batch are damaged, what does it save to clip before the mean is taken?
+"""Measures the gain from clipping before the mean is taken, if a few examples are damaged.
 
-The run of `make study` with damaged examples: in 2 % of the steps, the features of 4 of the 128
-examples are 255 times too large. `autoclip()` clips the mean gradient of the batch, that of each
-micro-batch, or each example; where it says so, then the mean as well. Examples come in random
-order, so that the damaged ones are in several micro-batches. All runs with the same seed start from
-the same parameters and see the same batches, with damage and without.
+This is the run of `make study` with damaged examples: in 2 % of the steps, the features of 4 of the
+128 examples are 255 times too large. `autoclip()` clips the mean gradient of the batch, that of
+each micro-batch, or that of each example. In some arms, it then clips the mean as well. Examples
+come in random order, so the damaged ones are in several micro-batches. All runs with the same seed
+start from the same parameters and see the same batches, with damage and without.
 
     PYTHONPATH=benchmarks:examples python benchmarks/micro_batches.py [--examples] [--seeds 4]
 
-Prints the held-out loss at the end, and how much lower it is than where the batch is clipped: means
-over seeds, with 95 % intervals. "Damage costs" is the loss less that of the same arm without
+Prints the held-out loss at the end, and by how much it is below the loss with a clipped batch:
+means over seeds, with 95 % intervals. "Damage costs" is the loss minus that of the same arm without
 damage.
 """
 
@@ -36,7 +36,7 @@ Losses = Float[np.ndarray, " seeds"]
 
 
 class Arm(NamedTuple):
-    """What clips the parts of a batch, how many these are, and what clips their mean."""
+    """The clipper of the parts of a batch, the number of parts, and the clipper of their mean."""
 
     of_part: optax.GradientTransformation
     parts: int = 1
@@ -45,7 +45,7 @@ class Arm(NamedTuple):
 
 AUTO = smartclip.autoclip()
 MEAN = "the batch"
-# The first one is what the others are compared with.
+# The others are compared with the first one.
 ARMS: dict[str, Arm] = {
     MEAN: Arm(AUTO),
     "nothing": Arm(optax.identity()),
@@ -57,7 +57,7 @@ EXAMPLES = {"128 examples": Arm(AUTO, parts=damaged_text.BATCH)}
 
 
 def train(task: Task, arm: Arm, rate: float, seeds: Sequence[int]) -> Losses:
-    """The held-out losses at the end of training with the peak learning rate `rate`."""
+    """Trains with the peak learning rate `rate`; returns the held-out losses at the end."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, task.steps // 10, task.steps)
     tx = optax.chain(arm.of_mean, task.optimizer(schedule))
 
@@ -68,7 +68,7 @@ def train(task: Task, arm: Arm, rate: float, seeds: Sequence[int]) -> Losses:
         def step(carry: PyTree, number: Array) -> tuple[PyTree, None]:
             params, of_part, state = carry
 
-            # What clip_micro_batches does with all at once; on a CPU, a loop is faster.
+            # clip_micro_batches does the same for all parts at once; a loop is faster on a CPU.
             def add(carry: PyTree, part: PyTree) -> tuple[PyTree, None]:
                 total, of_part = carry
                 grads = jax.grad(task.loss)(params, part)
@@ -92,7 +92,7 @@ def train(task: Task, arm: Arm, rate: float, seeds: Sequence[int]) -> Losses:
 
 
 def load_task(*, has_damage: bool) -> Task:
-    """The task of the study, with its examples in random order."""
+    """Makes the task of the study, with its examples in random order."""
     task = damaged.damaged("damaged examples", damaged.EXAMPLES)
 
     def batch(key: Key[Array, ""]) -> PyTree:
@@ -104,13 +104,13 @@ def load_task(*, has_damage: bool) -> Task:
 
 
 def interval(values: Losses) -> str:
-    """Mean and half of its 95 % interval."""
+    """Formats the mean and half of its 95 % interval."""
     error = values.std(ddof=1) / len(values) ** 0.5
     return f"{values.mean():+.4f} +- {stats.t.ppf(0.975, len(values) - 1) * error:.4f}"
 
 
 def main() -> None:
-    """Trains all arms and prints a row for each as it is there."""
+    """Trains the arms and prints the row of each when it is done."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--examples", action="store_true", help="clip each example, too: three times as long"

@@ -1,4 +1,4 @@
-"""The models of the benchmarks: trees of shapes, without what they compute."""
+"""The models of the benchmarks, as trees of shapes without computations."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,9 +32,9 @@ def gpt(layers: int, width: int, vocabulary: int) -> Tree:
 
 
 def plain_gpt(layers: int, width: int, vocabulary: int) -> Tree:
-    """A GPT of today: no biases, no learned places, norms before and after each part of a block.
+    """Shapes of a modern GPT, with 8 leaves for each layer.
 
-    8 leaves for each layer.
+    It has norms before and after each part of a block, and neither biases nor learned positions.
     """
     blocks = {
         f"block{number:02d}": {
@@ -50,7 +50,7 @@ def plain_gpt(layers: int, width: int, vocabulary: int) -> Tree:
 
 
 def stacked(shapes: Tree) -> Tree:
-    """The same with its blocks, which are alike, along a leading axis of each leaf."""
+    """The same model with its identical blocks stacked along a leading axis."""
     blocks = [name for name in shapes if name.startswith("block")]
     rest = {name: leaves for name, leaves in shapes.items() if name not in blocks}
     layers = jax.tree.map(lambda shape: (len(blocks), *shape), shapes[blocks[0]], is_leaf=is_shape)
@@ -58,7 +58,7 @@ def stacked(shapes: Tree) -> Tree:
 
 
 def transformer_blocks(layers: int, width: int) -> Tree:
-    """The same without embeddings: 12 leaves for each layer."""
+    """Shapes of a GPT-2 without embeddings: 12 leaves for each layer."""
     shapes = gpt(layers, width, 1)
     return {name: leaves for name, leaves in shapes.items() if name.startswith("block")}
 
@@ -87,12 +87,12 @@ def resnet50() -> Tree:
 
 
 def small_matrices(pairs: int, size: int = 32) -> Tree:
-    """Many small leaves."""
+    """Shapes of many small leaves."""
     return {f"layer{n:04d}": {"kernel": (size, size), "bias": (size,)} for n in range(pairs)}
 
 
 def policy(inputs: int, width: int, outputs: int) -> Tree:
-    """The MLP of an agent, with two hidden layers."""
+    """Shapes of an agent's MLP with two hidden layers."""
     sizes = (inputs, width, width, outputs)
     return {
         f"layer{n}": {"kernel": sizes[n : n + 2], "bias": sizes[n + 1 : n + 2]} for n in range(3)

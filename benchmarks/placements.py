@@ -1,20 +1,20 @@
-"""What a clipper does before an optimizer, and what it does after it: one spike, for each of them.
+"""Compares a clipper before and after each optimizer, for one spike of the gradient.
 
-A stream has random points of a quadratic and the gradients at them, so that the points do not
-depend on the optimizer. One gradient is multiplied by 100. Prints a table:
+A stream has random points of a quadratic and the gradients at them, so the points do not depend on
+the optimizer. One gradient is multiplied by 100. Prints a table:
 
-    x 0.1    the length of updates if all gradients are multiplied by 0.1, in units of their length
-             before
+    x 0.1    the length of updates if all gradients are multiplied by 0.1, in units of their
+             original length
     starves  the norm of the gradient, a power of 10, at which updates are less than half as long
-             as at a norm of 1; "-" where updates are as long as the gradient
+             as at a norm of 1; "-" if updates are proportional to the gradient
     spike    the length of the update of the spike, in units of that without the spike
-    steps    in how many steps, from the spike on, updates differ by 10 % or more from those
-             without the spike, both in the same chain
+    steps    the number of steps, from the spike on, in which updates differ by 10 % or more from
+             those of the same chain without the spike
 
     python benchmarks/placements.py [--steps 5000] [--seeds 3]
 
-Each number is the median over the seeds. Numbers of optimizers are Optax's defaults. `lbfgs` has no
-line search, which would ask for the function. Optax has neither Shampoo nor SOAP.
+Each number is the median over the seeds. Optimizers have Optax's default parameters. `lbfgs` runs
+without a line search, which would need the function. Optax has neither Shampoo nor SOAP.
 """
 
 import argparse
@@ -51,11 +51,11 @@ PLACES: dict[str, Callable[[optax.GradientTransformation], optax.GradientTransfo
 }
 SIZE = 16
 SPIKE = 100.0
-# The history of `autoclip()` is full by then, and the momentum of no optimizer is still growing.
+# By then, the history of `autoclip()` is full and the momentum of all optimizers is stationary.
 STEPS_BEFORE = 500
-# Updates that differ by less than this are taken for the same.
+# Updates that differ by less than this count as equal.
 TOLERANCE = 0.1
-# For the columns about scale, for which a few steps are enough.
+# A few steps are enough for the columns about scale.
 FIRST_STEPS = 20
 NUM_POWERS = 20
 HALF = 0.5
@@ -74,12 +74,12 @@ class Stream(NamedTuple):
         return self._replace(gradients=factor * self.gradients)
 
     def with_spike(self) -> "Stream":
-        """The stream with one gradient that is 100 times what it was."""
+        """The stream with one gradient multiplied by 100."""
         return self._replace(gradients=self.gradients.at[STEPS_BEFORE].multiply(SPIKE))
 
 
 class Row(NamedTuple):
-    """What is measured of one optimizer; see the columns above. The last two by place."""
+    """The figures of one optimizer, described above. The last two are by place of the clipper."""
 
     scaled: float
     starves: float
@@ -88,7 +88,7 @@ class Row(NamedTuple):
 
 
 def make_stream(seed: int, steps: int) -> Stream:
-    """A stream of `steps` steps; the spread of the points is as large as their mean."""
+    """Draws a stream of `steps` steps; the spread of the points is as large as their mean."""
     rng = np.random.default_rng(seed)
     points = 1.0 + rng.normal(size=(steps, SIZE, SIZE))
     curvatures = np.exp(rng.uniform(-1.0, 1.0, (SIZE, SIZE)))
@@ -117,13 +117,13 @@ def updates_along(optimizer: optax.GradientTransformation, *streams: Stream) -> 
 
 
 def scaled_by(optimizer: optax.GradientTransformation, stream: Stream, factor: float) -> Array:
-    """How long updates are if gradients are `factor` times what they were: the median ratio."""
+    """The median ratio of the lengths of updates if gradients are multiplied by `factor`."""
     usual, scaled = updates_along(optimizer, stream, stream.times(factor))
     return jnp.median(lengths(scaled) / lengths(usual))
 
 
 def starves_at(optimizer: optax.GradientTransformation, stream: Stream) -> Array:
-    """The largest power of 10, as a norm of the gradients, at which updates are half as long."""
+    """The largest power of 10, as a norm of gradients, at which updates fall below a half."""
     unit = stream.times(1.0 / jnp.median(lengths(stream.gradients)))
     powers = 10.0 ** -jnp.arange(1.0, NUM_POWERS + 1)
     ratios = jax.vmap(lambda power: scaled_by(optimizer, unit, power))(powers)
@@ -131,7 +131,7 @@ def starves_at(optimizer: optax.GradientTransformation, stream: Stream) -> Array
 
 
 def effect_of_spike(optimizer: optax.GradientTransformation, stream: Stream) -> tuple[Array, Array]:
-    """The length of the update of the spike, and how many steps differ from those without it."""
+    """The relative length of the spike's update, and the number of steps that it affects."""
     both = updates_along(optimizer, stream, stream.with_spike())
     usual, spiked = both[:, STEPS_BEFORE:]
     differs = lengths(spiked - usual) >= TOLERANCE * lengths(usual)
@@ -140,7 +140,7 @@ def effect_of_spike(optimizer: optax.GradientTransformation, stream: Stream) -> 
 
 
 def measure(optimizer: optax.GradientTransformation, steps: int, seeds: int) -> Row:
-    """The row of an optimizer: medians over the seeds, with that many steps from the spike on."""
+    """Measures an optimizer: medians over the seeds, with `steps` steps from the spike on."""
     streams = jax.tree.map(
         lambda *leaves: jnp.stack(leaves),
         *(make_stream(seed, STEPS_BEFORE + steps) for seed in range(seeds)),
@@ -165,7 +165,7 @@ def measure(optimizer: optax.GradientTransformation, steps: int, seeds: int) -> 
 
 
 def format_row(name: str, row: Row) -> str:
-    """A line of the table."""
+    """Formats a line of the table."""
     is_proportional = row.scaled < HALF
     starves = "-" if is_proportional else f"{row.starves:.0e}" if row.starves else "never"
     places = "".join(f"{row.spike[place]:13.2f}{row.steps[place]:7.0f}" for place in PLACES)
@@ -173,14 +173,14 @@ def format_row(name: str, row: Row) -> str:
 
 
 def format_head() -> str:
-    """The two lines above the rows."""
+    """Formats the two lines above the rows."""
     places = "".join(f"{place:>20}" for place in PLACES)
     columns = f"{'spike':>13}{'steps':>7}" * len(PLACES)
     return f"{'':36}{places}\n{'':20}{'x 0.1':>7}{'starves':>9}{columns}"
 
 
 def main() -> None:
-    """Prints the table, a row when it is measured."""
+    """Prints the table, each row as soon as it is measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=5000, help="steps from the spike on")
     parser.add_argument("--seeds", type=int, default=3, help="streams")

@@ -1,13 +1,14 @@
-"""What a compiled program does, read from the text that XLA prints of it.
+"""Counts traffic, operations and collectives of a compiled program from the text that XLA prints.
 
-Traffic is what instructions read and write in main memory: operands and results, each once, by the
-size of their shapes. What a layout puts into another memory space, `S(1)` on a TPU, is not in main
-memory: an asynchronous copy that fetches an array into fast memory reads it once, and whatever
-computes with it there reads nothing. A slice, also one at the start of a fusion, reads no more than
-its own size, and an update of a slice reads and writes no more than the update. A tuple, a bitcast
-and the end of an asynchronous operation move nothing.
+Traffic is the number of bytes that instructions read and write in main memory: operands and
+results, each once, by the size of their shapes. An array whose layout names another memory space,
+such as `S(1)` on a TPU, is not in main memory: the asynchronous copy that fetches an array into
+fast memory reads it once, and computations on it there read nothing. A slice, also at the start of
+a fusion, reads only its own size, and an update of a slice reads and writes only the update. A
+tuple, a bitcast and the end of an asynchronous operation move nothing.
 
-The body of a loop and the branches of a conditional are apart from what runs in every step.
+The body of a loop and the branches of a conditional are counted apart, since they do not run in
+every step.
 """
 
 import collections
@@ -18,14 +19,14 @@ from typing import Any, NamedTuple
 
 
 class Array(NamedTuple):
-    """An array of a shape: its size in bytes, and whether it is in main memory."""
+    """The size of an array in bytes, and whether it is in main memory."""
 
     bytes: int
     in_main_memory: bool
 
 
 class Instruction(NamedTuple):
-    """One line of a computation; `shape` and `attributes` are as XLA writes them."""
+    """One line of a computation; `shape` and `attributes` are in XLA's format."""
 
     name: str
     shape: str
@@ -34,7 +35,7 @@ class Instruction(NamedTuple):
     attributes: str
 
     def arrays(self) -> list[Array]:
-        """The arrays of its result, those of nested tuples one after the other."""
+        """The arrays of the result, with nested tuples flattened."""
         return arrays(self.shape)
 
     def called(self, attribute: str) -> list[str]:
@@ -43,13 +44,13 @@ class Instruction(NamedTuple):
         return re.findall(r"[\w.-]+", found[1] or found[2]) if found else []
 
     def within(self) -> list[str]:
-        """The computations that run as a part of it: a fusion's, a call's."""
+        """The computations that run as a part of it, for fusions and calls."""
         if self.operation == "call":
             return self.called("to_apply")
         return self.called("calls")
 
     def apart(self) -> list[str]:
-        """The body of a loop, the branches of a conditional."""
+        """The body of a loop, or the branches of a conditional."""
         if self.operation == "while":
             return self.called("body")
         if self.operation == "conditional":
@@ -59,7 +60,7 @@ class Instruction(NamedTuple):
 
 
 def arrays(shape: str) -> list[Array]:
-    """Of one array or a tuple of them, as XLA writes them: `f32[3,4]{1,0:T(8,128)S(1)}`."""
+    """The arrays of a shape or a tuple, in XLA's format: `f32[3,4]{1,0:T(8,128)S(1)}`."""
     found = []
     for kind, dimensions, layout in re.findall(
         r"([a-z]+\d*)\w*\[([\d,<=]*)\](\{[^}]*\})?", re.sub(r"/\*.*?\*/", "", shape)
@@ -72,12 +73,12 @@ def arrays(shape: str) -> list[Array]:
 
 
 def shape_bytes(shape: str) -> int:
-    """Of one array or a tuple of them, in whichever memory."""
+    """The bytes of an array or of a tuple of arrays, in any memory."""
     return sum(array.bytes for array in arrays(shape))
 
 
 def elements(shape: str) -> list[str]:
-    """The shapes in a tuple, of which some may be tuples."""
+    """The shapes in a tuple, which may themselves be tuples."""
     depth, parts = 0, [""]
     for character in shape[1:-1]:
         if character == "," and depth == 0:
@@ -89,7 +90,7 @@ def elements(shape: str) -> list[str]:
 
 
 def closing(text: str, start: int) -> int:
-    """Where the bracket ends that begins at `start`."""
+    """The index at which the bracket closes that opens at `start`."""
     depth = 0
     for index in range(start, len(text)):
         depth += (text[index] == "(") - (text[index] == ")")
@@ -99,7 +100,7 @@ def closing(text: str, start: int) -> int:
 
 
 def read_instruction(line: str) -> Instruction | None:
-    """None if the line is none."""
+    """Parses a line; returns None if it is not an instruction."""
     line = re.sub(r"/\*.*?\*/", "", line)
     head = re.match(r"\s+(?:ROOT )?%?([\w.-]+) = ", line)
     if not head:
@@ -114,7 +115,7 @@ def read_instruction(line: str) -> Instruction | None:
     return Instruction(head[1], line[start:end], operation, tuple(operands), line[last + 1 :])
 
 
-# They move nothing, or what they move is counted where it is computed.
+# These move nothing, or their traffic is counted at other instructions.
 FREE = {
     "add-dependency",
     "after-all",
@@ -129,9 +130,9 @@ FREE = {
     "tuple",
     "while",
 }
-# So do these custom calls: several slices seen as one array, and memory that nothing is in yet.
+# These custom calls move nothing either: a view of several slices as one array, and empty memory.
 FREE_CALLS = ("ConcatBitcast", "AllocateBuffer")
-# They read as much of their first operand as they return.
+# These read only as much of their first operand as they return.
 SLICES = {"slice", "dynamic-slice", "gather"}
 UPDATE = "dynamic-update-slice"
 COLLECTIVES = {
@@ -147,7 +148,7 @@ KERNELS = ("fusion", "copy", "reduce", "reduce-window")
 
 
 class ProgramText:
-    """A compiled program, by its computations."""
+    """A compiled program, as a dict of computations."""
 
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
@@ -167,7 +168,7 @@ class ProgramText:
                     self.roots[name] = instruction.name
 
     def instructions(self, name: str) -> Iterator[tuple[str, Instruction]]:
-        """All of a computation and of those that it calls, with the computation they are in."""
+        """Yields the instructions of a computation and of its calls, each with its computation."""
         for instruction in self.computations[name].values():
             if instruction.operation == "call":
                 for called in instruction.within():
@@ -176,19 +177,19 @@ class ProgramText:
                 yield name, instruction
 
     def everywhere(self) -> Iterator[Instruction]:
-        """All instructions of all computations."""
+        """Yields all instructions of all computations."""
         for computation in self.computations.values():
             yield from computation.values()
 
     def traffic(self, name: str | None = None) -> int:
-        """Bytes read and written in main memory by a computation, of itself the entry's."""
+        """Bytes that a computation, the entry by default, reads and writes in main memory."""
         return sum(
             self.moved(computation, instruction)
             for computation, instruction in self.instructions(name or self.entry)
         )
 
     def traffic_apart(self, name: str | None = None) -> int:
-        """One round of each loop, and the costliest branch of each conditional."""
+        """The traffic of one iteration of each loop and the costliest branch of conditionals."""
         total = 0
         for _, instruction in self.instructions(name or self.entry):
             costs = [self.traffic(part) + self.traffic_apart(part) for part in instruction.apart()]
@@ -196,13 +197,16 @@ class ProgramText:
         return total
 
     def operations(self, name: str | None = None) -> collections.Counter[str]:
-        """How often each operation is in a computation, an asynchronous one by its start."""
+        """Counts the operations in a computation by name, asynchronous ones as `copy-start` etc."""
         return collections.Counter(
             instruction.operation for _, instruction in self.instructions(name or self.entry)
         )
 
     def collectives(self, name: str | None = None) -> collections.Counter[str]:
-        """How often each kind is in a computation, also in fusions; a start and its end are one."""
+        """Counts the collectives in a computation by kind, also in fusions.
+
+        The start and the end of an asynchronous one count once.
+        """
         found: collections.Counter[str] = collections.Counter()
         for _, instruction in self.instructions(name or self.entry):
             base = instruction.operation.removesuffix("-start")
@@ -227,7 +231,7 @@ class ProgramText:
         if operation == "copy-start":
             results = arrays(elements(instruction.shape)[0])
         elif operation != base and base != "all-reduce":
-            # Operands, results, and what the device needs until it is done.
+            # The shape has operands, results, and buffers for the duration of the operation.
             results = arrays(elements(instruction.shape)[1])
         reads: dict[int, list[Array]] = {}
         writes: dict[int, list[Array]] = {}
@@ -245,7 +249,10 @@ class ProgramText:
         return total
 
     def parts(self, name: str) -> tuple[dict[int, list[Array]], dict[int, list[Array]]]:
-        """Of a fused computation: what slices take of a parameter, what updates a result."""
+        """Returns the slices that a fusion reads of its parameters, and the updates of its results.
+
+        Parameters that are read as a whole and results that are written as a whole are missing.
+        """
         instructions = self.computations[name]
         users = collections.defaultdict(list)
         for instruction in instructions.values():
@@ -290,7 +297,7 @@ class ProgramText:
 
 
 def bytes_of(whole: list[Array], part: list[Array] | None) -> int:
-    """Of arrays in main memory, or of that part of them that is touched."""
+    """The bytes of those arrays that are in main memory, or of the accessed part of them."""
     if not any(array.in_main_memory for array in whole):
         return 0
     if part is not None:
@@ -299,14 +306,14 @@ def bytes_of(whole: list[Array], part: list[Array] | None) -> int:
 
 
 def xla_bytes(compiled: Any) -> float | None:
-    """What XLA says that a program reads and writes; None where it does not say."""
+    """XLA's count of bytes that a program reads and writes; None if it does not report it."""
     analysis = compiled.cost_analysis()
     analysis = analysis[0] if isinstance(analysis, list) else analysis
     return (analysis or {}).get("bytes accessed")
 
 
 def usual_bytes(compiled: Any) -> float | None:
-    """The same, but with the cheaper branch of each conditional, and no round of any loop."""
+    """XLA's count, but with the cheapest branch of each conditional and without loop bodies."""
     total = xla_bytes(compiled)
     if total is None:
         return None
@@ -318,6 +325,6 @@ def usual_bytes(compiled: Any) -> float | None:
 
 
 def temporary_bytes(compiled: Any) -> int | None:
-    """Temporary memory; None where XLA does not say."""
+    """Temporary memory in bytes; None if XLA does not report it."""
     analysis = compiled.memory_analysis()
     return None if analysis is None else analysis.temp_size_in_bytes

@@ -1,15 +1,15 @@
-"""A million steps of every clipper: do thresholds drift away, counters go wrong, states break?
+"""Runs every clipper for a million steps, and checks thresholds, updates, counters and states.
 
-Runs each clipper over a long stream of norms with drift, level shifts, spikes, bursts, constants,
-zeros and norms that are not finite, and compares with float64:
+The stream of norms has drift, level shifts, spikes, bursts, constants, zeros and norms that are not
+finite. The checks compare with float64:
 
-- the threshold of every step (of 200, for a histogram that forgets), within a tolerance;
-- what comes out: the norm or the threshold, 0 where the norm is not finite, to the bit where
-  nothing is clipped;
+- the threshold of every step (of 200 steps for a decaying histogram), within a tolerance;
+- the norm of the update: the norm or the threshold, or 0 if the norm is not finite; exactly if
+  the step is not clipped;
 - every counter after every step, exactly;
-- that no state ever holds a NaN or Inf.
+- every state, which must not contain NaN or Inf.
 
-Then all counters are set to just below 2 ** 31 - 1: they stop there, and nothing else changes.
+Then all counters are set to just below 2 ** 31 - 1. They must stop there, without further effects.
 Prints a table; the exit code is 1 if anything is wrong.
 
     python benchmarks/soak.py [--steps 1000000] [--clippers zscore "autoclip(10"]
@@ -42,28 +42,31 @@ sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 import reference
 
 STEPS = 1_000_000
-# How many steps are compiled into one program, and run with full counters.
+# The number of steps that are compiled into one program, and that run with full counters.
 BLOCK = 50_000
 LARGEST = float(np.finfo(np.float32).max)
 TINY = float(np.finfo(np.float32).tiny)
 MAX_COUNT = 2**31 - 1
-# How far below the largest integer counters are set: all of them get there in a block.
+# The distance from the largest integer at which counters start: all of them reach it in a block.
 ROOM = 5
 COUNTERS = ("observed", "recorded", "steps", "clipped", "nonfinite", "skipped")
-# For agc(), which compares gradients with weights.
+# The value of the weights, with which agc() compares gradients.
 WEIGHT = 200.0
 
-# From norms [steps, groups] to thresholds, or to two bounds of each: [2, steps, groups].
+# Norms [steps, groups] -> thresholds of the same shape, or two bounds of each: [2, steps, groups].
 Reference = Callable[[np.ndarray], np.ndarray]
 
 
 def each(rule: Callable[[np.ndarray], Any]) -> Reference:
-    """For any number of groups, from a rule for the norms [steps] of one."""
+    """Makes a reference for any number of groups from a rule for the norms [steps] of one."""
     return lambda norms: np.stack([rule(group) for group in norms.T], axis=-1)
 
 
 def of_window(limit: Callable[[list[float]], float], size: int, before: bool) -> Reference:
-    """What `limit` makes of the last norms to learn from, sorted: those before each, or with it."""
+    """Makes a reference that applies `limit` to the window of the last recorded norms, sorted.
+
+    The window of a step ends before its own norm if `before` is set, and includes it otherwise.
+    """
 
     def rule(norms: np.ndarray) -> np.ndarray:
         arrived: deque[float] = deque()
@@ -86,23 +89,23 @@ upper_fence = from_the_start(upper_fence_rule(1.5), early_factor=3.0)
 
 
 def outlier(ordered: list[float]) -> float:
-    """The median + 6 spreads, from ten norms on."""
+    """The median + 6 spreads; infinite with fewer than ten norms."""
     q25, median, q75 = (quantile(ordered, share) for share in (0.25, 0.5, 0.75))
     spread = max((q75 - q25) / 1.349, 0.003 * median)
     return median + 6 * spread if len(ordered) >= 10 and spread > 0 else math.inf
 
 
 def levels(norms: np.ndarray) -> np.ndarray:
-    """Norms, those beyond the levels of a histogram moved to the last of them."""
+    """Moves norms beyond the levels of a histogram to the outermost level."""
     beyond = (norms > 1e12) & np.isfinite(norms)
     moved = np.where(beyond, LARGEST, np.maximum(norms, np.float32(1e-12)))
     return np.where(norms == 0, 0.0, moved.astype(np.float64))
 
 
 def of_all(norms: np.ndarray, percent: float, error: float) -> np.ndarray:
-    """Percentiles of all norms so far, and what a histogram may round them up to.
+    """Percentiles of all norms so far, and the upper bounds to which a histogram may round them.
 
-    Two heaps meet there: all norms below, the largest first, and all above.
+    Two heaps meet at the percentile: all norms below it, the largest first, and all above it.
     """
     below: list[float] = []
     above: list[float] = []
@@ -123,37 +126,37 @@ def of_all(norms: np.ndarray, percent: float, error: float) -> np.ndarray:
 
 
 def of_faded(norms: np.ndarray, percent: float, error: float, decay: float) -> np.ndarray:
-    """The same of norms whose weight fades, after 200 of the steps; no bounds after the others."""
+    """The same for norms with decaying weights at 200 steps; the other steps have no bounds."""
     bounds = np.array([[0.0], [math.inf]]) + np.zeros(len(norms))
     for step in np.linspace(0, len(norms) - 1, 200).astype(int):
         seen = levels(norms[: step + 1])
-        # The weight of all norms before these is e ** -15.
+        # The dropped norms have a total weight of e ** -15.
         seen = seen[np.isfinite(seen) & (seen > 0)][int(-15 / (1 - decay)) :]
-        # Weights are rounded to float32: the percentile may be that of a little more or less.
+        # Weights are rounded to float32, so the percentile may be slightly higher or lower.
         low, high = (reference.fading_percentile(seen, percent + p, decay) for p in (-0.01, 0.01))
         bounds[:, step] = low, (1 + error) * high
     return bounds
 
 
-# Norms are kept as they are, so that only the interpolation between two of them is rounded.
+# Norms are stored unchanged, so only the interpolation between two of them is rounded.
 EXACT = 1e-6
-# Moving averages round at every step, by 6e-8, and remember that as long as the norms: some 100
-# steps. Differences to a mean magnify it. A quantile that is moved by factors rounds as well; a
-# norm between it and the reference joins the two again.
+# Moving averages round at every step, by 6e-8, and remember the error as long as the norms: about
+# 100 steps. Differences from a mean magnify it. A quantile that is moved by factors rounds as well;
+# a norm between it and the reference brings the two together again.
 AVERAGES = 1e-4
-# As published, it locks up after a rise. Its standard deviation is then next to nothing, and what
-# is an outlier is decided by the last digits of the mean.
+# The published zclip locks up after a rise. Its standard deviation is then almost zero, and the
+# last digits of the mean decide which norms are outliers.
 LOCKED = 1e-2
 
 
 class Clipper(NamedTuple):
-    """A clipper and what it is held to.
+    """A clipper, its reference and the tolerance.
 
     Attributes:
         tx: The transformation.
         reference: Its thresholds in float64.
-        tolerance: By how much of itself a threshold may differ.
-        num_groups: How many leaves the gradient has, each of which is a group.
+        tolerance: The largest relative error of a threshold.
+        num_groups: The number of leaves of the gradient, each of which is a group.
         smallest: Norms below it may be reported as zero.
     """
 
@@ -219,10 +222,11 @@ CLIPPERS = {
 
 
 def make_norms(steps: int, num_groups: int, seed: int = 0) -> np.ndarray:
-    """Norms float32[steps, groups] with all that goes wrong, some of it within 3000 steps."""
+    """Makes norms float32[steps, groups] with all kinds of trouble, some within 3000 steps."""
     rng = np.random.default_rng(seed)
     step = np.arange(steps)
-    # Four decades slowly, two more quickly, and a jump of a decade every 20,000 steps.
+    # The level varies slowly over four decades and faster over two. Every 20,000 steps, it may jump
+    # by a decade.
     level = 2 * np.sin(step[:, None] / 30_000 + np.arange(num_groups))
     level += np.sin(step[:, None] / 1_000)
     level += rng.choice([0, 1], (steps // 20_000 + 1, num_groups))[step // 20_000]
@@ -236,22 +240,22 @@ def make_norms(steps: int, num_groups: int, seed: int = 0) -> np.ndarray:
     norms[(step % 10_000 >= 2_000) & (step % 10_000 < 2_200)] = 0
     norms[trouble > 0.995] = np.inf
     norms[trouble > 0.998] = np.nan
-    # What there is to learn from in the beginning is not damaged.
+    # The first norms, from which clippers learn, are not damaged.
     norms[:50] = np.exp(0.3 * rng.normal(size=norms[:50].shape))
     return norms.astype(np.float32)
 
 
 class Run(NamedTuple):
-    """What a clipper did, for each step and group.
+    """The results of a clipper, for each step and group.
 
     Attributes:
-        norms: What it says that the norms were.
-        thresholds: What it held them to.
+        norms: The norms that it reports.
+        thresholds: The thresholds that it reports.
         out: The norms of the updates.
-        scales: What it says that it multiplied by.
-        clipped: Whether it says that it clipped, or dropped.
+        scales: The scales that it reports.
+        clipped: Whether it reports that it clipped or dropped the step.
         counts: Each of its counters, by path.
-        clean: Whether the state after it was finite.
+        clean: Whether the state after the step was finite.
     """
 
     norms: np.ndarray
@@ -264,18 +268,18 @@ class Run(NamedTuple):
 
 
 def by_path(state: Any) -> dict[str, jax.Array]:
-    """The leaves of a state."""
+    """The leaves of a state, by path."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): jnp.atleast_1d(leaf) for path, leaf in leaves}
 
 
 def is_counter(path: str) -> bool:
-    """Whether a leaf is one of the counters that grow for ever."""
+    """Whether a leaf is one of the counters that never decrease."""
     return path.rsplit(".num_", 1)[-1] in COUNTERS
 
 
 def compile_steps(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Run]]:
-    """From a state and norms [steps, groups] to the next state and what there is to know."""
+    """Compiles a function from a state and norms [steps, groups] to the next state and a `Run`."""
 
     def step(state: Any, norms: jax.Array) -> tuple[Any, Run]:
         grads = list(norms[:, None])
@@ -303,24 +307,24 @@ def compile_steps(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, 
 
 
 def weights(num_groups: int) -> list[jax.Array]:
-    """Of one element each, as the gradients are, so that norms are exact."""
+    """Makes weights of one element each, like the gradients, so that norms are exact."""
     return [jnp.full(1, WEIGHT, jnp.float32) for _ in range(num_groups)]
 
 
 def relative_errors(thresholds: np.ndarray, norms: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """How much larger thresholds [steps, groups] are than the reference, as a share of it."""
+    """The signed relative errors of thresholds [steps, groups]."""
     expected = np.where(expected > LARGEST, np.inf, expected)
     low, high = expected if expected.ndim == 3 else (expected, expected)
     nearest = np.clip(thresholds.astype(np.float64), low, high)
     with np.errstate(all="ignore"):
-        # Below the smallest normal number, numbers may be flushed to zero.
+        # Numbers below the smallest normal one may be flushed to zero.
         errors = (thresholds - nearest) / np.maximum(nearest, TINY)
     errors[(thresholds == nearest) | ~np.isfinite(norms) | (norms == 0)] = 0
     return np.where(np.isnan(errors), np.inf, errors)
 
 
 def dropped_steps(norms: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """Which steps are dropped: not finite, or a spike, but never more than 32 of these in a row."""
+    """Which steps are dropped: those that are not finite, and at most 32 spikes in a row."""
     dropped = ~np.isfinite(norms)
     in_a_row = 0
     for place in np.flatnonzero(~dropped & (norms > 0)):
@@ -330,12 +334,12 @@ def dropped_steps(norms: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
 
 
 def first(wrong: np.ndarray) -> str:
-    """Where something is wrong for the first time."""
+    """Names the first step at which something is wrong."""
     return f"from step {int(np.argmax(wrong.reshape(len(wrong), -1).any(axis=1)))} on"
 
 
 def check_outputs(clipper: Clipper, norms: np.ndarray, ran: Run) -> list[str]:
-    """What is wrong with norms, decisions, updates and counters, given the thresholds."""
+    """Lists errors of norms, decisions, updates and counters, given the thresholds."""
     skips = any("num_skipped" in path for path in ran.counts)
     finite = np.isfinite(norms)
     live = finite & (norms > 0)
@@ -361,7 +365,7 @@ def check_outputs(clipper: Clipper, norms: np.ndarray, ran: Run) -> list[str]:
         "clipped": clipped,
         "skipped": clipped,
         "nonfinite": ~finite,
-        # Of skip_spikes, losses as well; there are none.
+        # skip_spikes also counts losses, which are not given here.
         "observed": np.hstack([live, np.zeros_like(live)]) if skips else live,
         "recorded": live,
     }
@@ -371,7 +375,7 @@ def check_outputs(clipper: Clipper, norms: np.ndarray, ran: Run) -> list[str]:
 
 
 def check_saturation(steps: Callable[..., Any], state: Any, norms: np.ndarray) -> list[str]:
-    """What is wrong when counters are near the largest integer."""
+    """Lists errors that occur when counters are near the largest integer."""
 
     def count_from(path: Any, leaf: jax.Array) -> jax.Array:
         is_one = is_counter(jax.tree_util.keystr(path))
@@ -394,11 +398,11 @@ def check_saturation(steps: Callable[..., Any], state: Any, norms: np.ndarray) -
 
 
 def soak(clipper: Clipper, num_steps: int = STEPS) -> tuple[float, int, list[str]]:
-    """Runs a clipper for so many steps, and then with full counters.
+    """Runs a clipper for `num_steps` steps, and then with full counters.
 
     Returns:
-        How much larger than its reference the threshold was that was furthest from it, as a share;
-        at which step; all that is wrong.
+        The signed relative error of the threshold furthest from its reference, its step, and a list
+        of all errors.
     """
     norms = make_norms(num_steps, clipper.num_groups)
     steps = compile_steps(clipper.tx)
@@ -418,7 +422,7 @@ def soak(clipper: Clipper, num_steps: int = STEPS) -> tuple[float, int, list[str
 
 
 def main() -> int:
-    """Prints the table; 1 if anything is wrong."""
+    """Prints the table; returns 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--clippers", nargs="+", default=[""], help="parts of their names")

@@ -1,21 +1,22 @@
-"""What clippers do about spikes: thirteen streams of norms, and training with damaged batches.
+"""Compares clippers on spikes: thirteen streams of norms, and training with damaged batches.
 
 Runs each clipper over the streams of `streams.py`, each with marks to pass, and through the
-training run of `damaged_text.py`, paired: all clippers see the same parameters and batches.
-Prints a table, then by how much each mark is missed; writes all figures to `spikes.json` and a
-picture of the table, `spikes.png`.
+training run of `damaged_text.py`. The training is paired: all clippers see the same parameters and
+batches. Prints a table, then the figures beyond their marks; writes all figures to `spikes.json`
+and a picture of the table, `spikes.png`.
 
     python benchmarks/spikes.py [--out spikes] [--seeds 12] [--steps 1000]
 
-`clip_by_global_norm` is shown at its best: in the streams at 3, as the median norm of most of them
-is 1, and in training at the norm of a grid that ends with the lowest loss on average over the very
-seeds that are reported, which nobody can know beforehand. A tenth of that and 100 times that
-stand for norms taken from another model. `agc()` has weights of norm 200 per unit in the streams,
-so that it clips at 2, and those of the network in training. A step that `skip_spikes` drops counts
-as clipped, to 0.
+`clip_by_global_norm` is shown at its best. In the streams, its norm is 3, as the median norm of
+most of them is 1. In training, it is the norm of a grid that ends with the lowest mean loss over
+the reported seeds, which a user cannot know in advance. A tenth of that and 100 times that stand
+for norms taken from another model. `agc()` has weights of norm 200 per unit in the streams, so it
+clips at 2, and those of the network in training. A step that `skip_spikes` drops counts as clipped
+to 0.
 
-The mark of training is to end at most 1 % behind `clip_by_global_norm` at its best. "Rest kept"
-has no mark: it is the mean scale that the seven other layers get when one layer spikes (S11).
+The mark of training is a final loss at most 1 % above that of `clip_by_global_norm` at its best.
+"Rest kept" does not have a mark: it is the mean scale of the seven other layers when one layer
+spikes (S11).
 """
 
 import argparse
@@ -37,18 +38,18 @@ from damaged_text import Wrap
 
 import optax_smartclip as smartclip
 
-# The rate at which the runs with fixed clipping end best, of 0.001 to 0.03.
+# The rate from 0.001 to 0.03 at which the runs with fixed clipping end best.
 LEARNING_RATE = 1e-2
 GRID = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 FIXED_IN_STREAMS = 3.0
-# By which share of its loss a clipper may end behind fixed clipping at its best.
+# The final loss may exceed that of fixed clipping at its best by this share.
 MARK_OF_LOSS = 0.01
 BEST = "clip_by_global_norm(best)"
 FIXED = {BEST: 1.0, "clip_by_global_norm(best / 10)": 0.1, "clip_by_global_norm(100 best)": 100.0}
 OURS = "autoclip()"
 NONE = "no clipping"
 WORKERS = 2
-# Of the labels in the picture, in characters.
+# The width of the labels in the picture, in characters.
 LABEL_WIDTH = 34
 
 
@@ -121,7 +122,7 @@ STREAMS = {
 
 
 class Difference(NamedTuple):
-    """Of two clippers, seed by seed: the mean and its standard error."""
+    """The mean difference of two clippers over seeds, and its standard error."""
 
     mean: float
     error: float
@@ -142,21 +143,21 @@ def run_streams(wraps: dict[str, Wrap], names: Iterable[str] = STREAMS) -> Strea
             clipper = streams.from_transformation(tx, float("inf"))
         return {name: streams.CHECKS[name](clipper) for name in names}
 
-    # No clipping comes last, below the fixed norms.
+    # The row without clipping comes last, below the fixed norms.
     labels = sorted([*wraps, *FIXED], key=NONE.__eq__)
-    # One compiles while another runs.
+    # One thread compiles while the other runs.
     with ThreadPoolExecutor(WORKERS) as pool:
         return dict(zip(labels, pool.map(run, labels), strict=True))
 
 
 class Training(NamedTuple):
-    """The training runs: held-out losses in bits per character, [seeds].
+    """The held-out losses of the training runs in bits per character, [seeds].
 
     Attributes:
-        losses: By clipper.
-        grid: Of `clip_by_global_norm`, by norm.
+        losses: Losses by clipper.
+        grid: Losses of `clip_by_global_norm` by norm.
         best: The norm of the grid that ended with the lowest loss.
-        undamaged: Without clipping, on the same batches before they were damaged.
+        undamaged: Losses without clipping, on the same batches without damage.
     """
 
     losses: dict[str, np.ndarray]
@@ -165,7 +166,7 @@ class Training(NamedTuple):
     undamaged: np.ndarray
 
     def compare(self, label: str, other: str) -> Difference:
-        """How much higher the losses of `label` are than those of `other`."""
+        """The losses of `label` minus those of `other`."""
         return mean_and_error(self.losses[label] - self.losses[other])
 
 
@@ -192,13 +193,13 @@ def run_training(wraps: dict[str, Wrap], seeds: int, steps: int) -> Training:
 
 
 def mean_and_error(values: np.ndarray) -> Difference:
-    """The mean and its standard error."""
+    """Returns the mean and its standard error."""
     error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return Difference(float(values.mean()), float(error))
 
 
 def format_table(results: Streams, training: Training) -> str:
-    """A row for each clipper."""
+    """Formats a row for each clipper."""
     width = max(map(len, results)) + 1
     names = next(iter(results.values())).keys()
     head = f"{'':{width}}" + "".join(f"{name:>4}" for name in names)
@@ -219,7 +220,7 @@ def format_table(results: Streams, training: Training) -> str:
 
 
 def format_failures(results: Streams) -> str:
-    """The figures beyond their marks."""
+    """Formats the figures beyond their marks."""
     lines = []
     for label, row in results.items():
         for stream, result in row.items():
@@ -245,14 +246,14 @@ def short(result: streams.Result) -> str:
 
 
 def excess_of_loss(training: Training, label: str) -> float:
-    """How far behind fixed clipping at its best, in units of the mark."""
-    behind = training.compare(label, BEST).mean
-    excess = behind / (MARK_OF_LOSS * training.losses[BEST].mean())
+    """The loss above that of fixed clipping at its best, in units of the mark."""
+    gap = training.compare(label, BEST).mean
+    excess = gap / (MARK_OF_LOSS * training.losses[BEST].mean())
     return max(0.0, excess) if np.isfinite(excess) else np.inf
 
 
 def plot(results: Streams, training: Training, path: Path) -> None:
-    """The table in colours: blue within the mark, red beyond it."""
+    """Draws the table in colours: blue within the mark, red beyond it."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -276,7 +277,7 @@ def plot(results: Streams, training: Training, path: Path) -> None:
     for (row, column), text in np.ndenumerate(texts):
         axes.text(column, row, text, ha="center", va="center", fontsize=7)
     axes.set_xticks(range(len(titles)), titles, rotation=40, ha="left", rotation_mode="anchor")
-    # A long label would take its width from the cells.
+    # Long labels are wrapped, since they would leave less width for the cells.
     labels = [textwrap.fill(label, LABEL_WIDTH) for label in results]
     axes.set_yticks(range(len(results)), labels, fontsize=8)
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
@@ -296,7 +297,7 @@ def plot(results: Streams, training: Training, path: Path) -> None:
 
 
 def as_json(versions: str, results: Streams, training: Training) -> dict:
-    """All figures."""
+    """All figures, in the structure of the JSON file."""
     return {
         "versions": versions,
         "streams": {

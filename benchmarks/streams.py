@@ -1,15 +1,15 @@
-"""Thirteen streams of gradient norms, S1 to S13, and what a good clipper does on each.
+"""Thirteen streams of gradient norms, S1 to S13, and checks of a good clipper on each.
 
-Six thousand norms of log-normal noise around 1 (a coefficient of variation of 0.2) and what goes
-wrong in training: drift, one spike, a spike in warm-up, a burst, NaN and Inf, a level shift,
-heavy tails, another scale, zeros and constants, spikes in one layer, spikes at 1 % of all steps,
-and a spike as the second norm. A clipper is given as a function from a stream of norms to the
-clipped norms and the thresholds; each check returns its figures with their marks.
+Six thousand norms of log-normal noise around 1 (a coefficient of variation of 0.2) are combined
+with typical problems of training: drift, one spike, a spike in warm-up, a burst, NaN and Inf, a
+level shift, heavy tails, another scale, zeros and constants, spikes in one layer, spikes at 1 % of
+all steps, and a spike as the second norm. A clipper is given as a function from a stream of norms
+to the clipped norms and the thresholds. Each check returns its figures with their marks.
 
-The marks of safety allow next to nothing: bursts, NaN, shifts, scale, what a spike leaves behind.
-Those of noise allow a small cut now and then, and forbid to normalise most steps: in
-benchmarks/study, rules that cut an eighth of the steps by a little train better over learning
-rates than rules that cut nothing but outliers.
+The marks of safety are strict: those for bursts, NaN, shifts, scale, and the effect of a spike on
+later steps. The marks of noise allow an occasional small cut, but not that most steps are
+normalized. In benchmarks/study, rules that cut an eighth of the steps slightly train better over
+learning rates than rules that cut only outliers.
 """
 
 import math
@@ -25,7 +25,7 @@ import optax
 STEPS = 6000
 SPIKE = 1000.0
 LAYERS = 8
-# The norm of each unit of the weights, for clippers that compare gradients with it: 0.01 of it is
+# The norm of each unit of the weights, with which some clippers compare gradients: 0.01 of it is
 # twice the median norm of the gradient.
 WEIGHT_NORM = 200.0
 
@@ -41,20 +41,20 @@ class Mark(NamedTuple):
     ideal: float = 0.0
 
     def excess(self, figure: float) -> float:
-        """The distance from the ideal in units of that of the limit: up to 1 passes."""
+        """The distance from the ideal in units of the limit's distance; up to 1 passes."""
         if math.isnan(figure):
             return math.inf
         if self.limit == self.ideal:
             return 0.0 if figure == self.ideal else math.inf
-        # What comes out is in float32: a norm clipped to 3 may be 3.0000001.
+        # Clipped norms are in float32: a norm clipped to 3 may be 3.0000001.
         return max(0.0, (figure - self.ideal) / (self.limit - self.ideal) - 1e-6)
 
 
 class Result(NamedTuple):
-    """What a clipper did on one stream.
+    """The figures of a clipper on one stream.
 
     Attributes:
-        figures: What was measured, by name.
+        figures: The measured figures, by name.
         marks: The marks of those figures that have one.
     """
 
@@ -63,7 +63,7 @@ class Result(NamedTuple):
 
     @property
     def excesses(self) -> dict[str, float]:
-        """How far each figure is from its ideal; over 1 is a failure."""
+        """The distance of each figure from its ideal; over 1 is a failure."""
         return {name: mark.excess(self.figures[name]) for name, mark in self.marks.items()}
 
     @property
@@ -80,11 +80,11 @@ class Result(NamedTuple):
 def from_transformation(
     tx: optax.GradientTransformation, threshold: float = float("nan")
 ) -> Clipper:
-    """What an Optax transformation does to gradients with these norms.
+    """Makes a clipper of streams from an Optax transformation.
 
-    Each layer has one kernel, whose gradient has one element that is not zero, in another place at
-    each step, so that norms are exact. Thresholds are read from the metrics of a clipper of ours;
-    for another transformation, `threshold` is the one that it keeps.
+    Each layer has one kernel. Its gradient has one nonzero element, at a different place in each
+    step, so norms are exact. Thresholds are read from the metrics of our clippers; for other
+    transformations, `threshold` is their fixed threshold.
     """
 
     def init(num_layers):
@@ -102,22 +102,22 @@ def from_transformation(
             grads = {name: {"kernel": kernel} for name, kernel in zip(params, kernels, strict=True)}
             updates, state = tx.update(grads, state, params)
             clipped = jnp.stack([jnp.sum(jnp.abs(updates[name]["kernel"])) for name in params])
-            learnt = jnp.float32(threshold)
+            learned = jnp.float32(threshold)
             for name in ("skip_norm_threshold", "clip_threshold"):
-                learnt = optax.tree.get(state, name, default=learnt)
-            return (state, (place + 1) % 4), (clipped, jnp.atleast_1d(learnt))
+                learned = optax.tree.get(state, name, default=learned)
+            return (state, (place + 1) % 4), (clipped, jnp.atleast_1d(learned))
 
         return jax.lax.scan(step, (state, 0), norms)[1]
 
     def clipper(norms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         layers = np.asarray(norms, np.float32).reshape(len(norms), -1)
-        # Streams of all lengths run as one program: zeros follow the end of a shorter one.
+        # Shorter streams are padded with zeros, so streams of all lengths run as one program.
         padding = max(0, STEPS + 3 - len(layers))
         clipped, thresholds = run(np.pad(layers, ((0, padding), (0, 0))))
         clipped, thresholds = (
             np.asarray(array, np.float64)[: len(norms)] for array in (clipped, thresholds)
         )
-        # Metrics have the largest float32 where there is no threshold.
+        # In metrics, the largest float32 stands for a missing threshold.
         thresholds[thresholds == np.finfo(np.float32).max] = np.inf
         return (clipped, thresholds) if np.ndim(norms) == 2 else (clipped[:, 0], thresholds[:, 0])
 
@@ -125,7 +125,7 @@ def from_transformation(
 
 
 def global_scope(clipper: Clipper) -> Clipper:
-    """Makes a clipper of norms [steps] one that also takes layers, and scales all by one number."""
+    """Extends a clipper of norms [steps] to layers, which it scales by a common number."""
 
     def run(norms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if np.ndim(norms) == 1:
@@ -138,7 +138,7 @@ def global_scope(clipper: Clipper) -> Clipper:
 
 
 def noise(seed: int = 0) -> np.ndarray:
-    """S1: log-normal noise with the median 1."""
+    """S1: log-normal noise with median 1."""
     return np.exp(0.2 * np.random.default_rng(seed).normal(size=STEPS))
 
 
@@ -150,7 +150,7 @@ def heavy_tails(seed: int = 0) -> np.ndarray:
 
 
 def layer_noise(seed: int = 0) -> np.ndarray:
-    """Norms [steps, layers]: noise in each layer, independent, of about 1 as a whole."""
+    """Norms [steps, layers]: independent noise in each layer, with a global norm of about 1."""
     return np.exp(0.2 * np.random.default_rng(seed).normal(size=(STEPS, LAYERS))) / LAYERS**0.5
 
 
@@ -159,13 +159,13 @@ def _clipped_percent(norms, clipped) -> float:
 
 
 def _ratio(after, before) -> np.ndarray:
-    """1 also where no threshold ever was: infinite after, infinite before."""
+    """The ratio, which is 1 if both are infinite because a clipper has no threshold."""
     same = np.equal(after, before)
     return np.where(same, 1.0, after / np.where(same, 1.0, before))
 
 
 def check_noise(clipper: Clipper, seed: int = 0) -> Result:
-    """S1: ordinary noise is cut seldom, and by little."""
+    """S1: ordinary noise is cut rarely, and only slightly."""
     norms = noise(seed)
     clipped, _ = clipper(norms)
     percent = _clipped_percent(norms[1000:], clipped[1000:])
@@ -210,7 +210,7 @@ def check_spike(clipper: Clipper, seed: int = 0) -> Result:
 
 
 def check_early_spike(clipper: Clipper, seed: int = 0, *, place: int = 10) -> Result:
-    """S4: a norm of 1000 as the eleventh. S13: as the second, at place 1."""
+    """S4: the eleventh norm is 1000. S13: the second one is, at place 1."""
     norms = noise(seed)
     _, undisturbed = clipper(norms)
     norms[place] = SPIKE
@@ -236,7 +236,7 @@ def check_burst(clipper: Clipper, seed: int = 0) -> Result:
 
 
 def check_nonfinite(clipper: Clipper, seed: int = 0) -> Result:
-    """S6: NaN, Inf and NaN are as if they had not been there, and come out as zeros."""
+    """S6: NaN, Inf and NaN become zeros, without an effect on other steps."""
     norms = noise(seed)
     disturbed = np.insert(norms, 3000, [np.nan, np.inf, np.nan])
     clipped, thresholds = clipper(disturbed)
@@ -251,7 +251,7 @@ def check_nonfinite(clipper: Clipper, seed: int = 0) -> Result:
 
 
 def check_level_shift(clipper: Clipper, seed: int = 0) -> Result:
-    """S7: the level rises tenfold, at once, or over 100 or 1000 steps."""
+    """S7: the level rises tenfold, either at once or over 100 or 1000 steps."""
     norms = noise(seed)
     norms[3000:] *= 10
     clipped, _ = clipper(norms)
@@ -274,7 +274,7 @@ def check_level_shift(clipper: Clipper, seed: int = 0) -> Result:
 
 
 def check_heavy_tails(clipper: Clipper, seed: int = 0) -> Result:
-    """S8: the noise itself has tails."""
+    """S8: the noise itself has heavy tails."""
     norms = heavy_tails(seed)
     clipped, _ = clipper(norms)
     figures = {
@@ -301,17 +301,17 @@ def check_scale(clipper: Clipper, seed: int = 0) -> Result:
 
 
 def check_constants(clipper: Clipper, seed: int = 0) -> Result:
-    """S10: constant norms, zeros, and a lower constant: nothing to clip."""
+    """S10: constant norms, zeros, and a lower constant, none of which should be clipped."""
     del seed
     norms = np.r_[np.ones(1000), np.zeros(10), np.full(500, 0.1)]
     clipped, _ = clipper(norms)
-    # Either precision will do, but it has to be exact.
+    # The norms may be in either precision, but must be exact.
     changed = np.count_nonzero((clipped != norms) & (clipped != norms.astype(np.float32)))
     return Result({"changed": float(changed)}, {"changed": Mark(0)})
 
 
 def check_layer_spikes(clipper: Clipper, seed: int = 0) -> Result:
-    """S11: from step 3000 on, one layer of eight is 1000 times what it was, every 100 steps."""
+    """S11: from step 3000 on, one layer of eight is multiplied by 1000 every 100 steps."""
     norms = layer_noise(seed)
     undisturbed, _ = clipper(norms)
     spikes = np.arange(3000, 5000, 100)
@@ -327,12 +327,12 @@ def check_layer_spikes(clipper: Clipper, seed: int = 0) -> Result:
     whole = np.linalg.norm(clipped[spikes], axis=1) / np.median(np.linalg.norm(norms, axis=1))
     figures = {
         "out": float(whole.max()),
-        # Of the worst group, where layers have thresholds of their own.
+        # The worst group counts if layers have separate thresholds.
         "threshold after / before": float(_ratio(after, before).max()),
         "extra clip %": _clipped_percent(spiked[ordinary], clipped[ordinary])
         - _clipped_percent(norms[ordinary], undisturbed[ordinary]),
         # The mean scale of the other seven layers at the spikes. It has no mark: a global clipper
-        # keeps the gradient's direction, and pays for that with the innocent layers.
+        # keeps the gradient's direction at the expense of the innocent layers.
         "rest kept": float(np.mean((clipped[spikes] / spiked[spikes])[innocent])),
     }
     return Result(figures, SPIKE_MARKS)

@@ -1,10 +1,10 @@
-"""What a benchmark has to reach, and the lines that say whether it did."""
+"""The targets of a benchmark, and the lines that report whether they are met."""
 
 from typing import NamedTuple
 
 
 class Target(NamedTuple):
-    """What was promised and what was measured."""
+    """A limit and the measured value."""
 
     text: str
     limit: float
@@ -13,12 +13,12 @@ class Target(NamedTuple):
 
     @property
     def met(self) -> bool:
-        """Whether the measured figure, as it is printed, is within the limit."""
+        """Whether the measured value, rounded as in print, is within the limit."""
         return bool(round(self.value, 3) <= self.limit)
 
 
 def format_targets(targets: list[Target]) -> str:
-    """A line for each."""
+    """Formats one line for each target."""
     lines = ["\nTargets"]
     for target in targets:
         spread = ""

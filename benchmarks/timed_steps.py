@@ -1,7 +1,8 @@
 """Compiled training steps without a model, timed in pairs.
 
-A step is a clipper, an optimizer and `optax.apply_updates`, with parameters and states donated. All
-steps on one model share a `World`, so that they work on the same buffers one after the other.
+A step consists of a clipper, an optimizer and `optax.apply_updates`, with parameters and states
+donated. All steps on one model share a `World`, so they run one after the other on the same
+buffers.
 """
 
 import time
@@ -16,17 +17,18 @@ from contenders import Wrap
 from models import is_shape
 
 Tree = Any
-# Parameters, optimizer state and gradients to parameters and optimizer state.
+# Parameters, optimizer state, gradients -> parameters, optimizer state.
 Step = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
 
-# Of steps that are timed together, in seconds: long beside the clock and short beside the noise.
+# The duration, in seconds, of steps that are timed together: long compared with the resolution of
+# the clock, and short compared with the noise of the machine.
 BATCH = 0.03
 MAX_BATCH = 500
 COPIED_BYTES = 2**27
 
 
 def random_tree(shapes: Tree, seed: int, size: float) -> Tree:
-    """Arrays on the device, normally distributed."""
+    """Draws arrays on the device from a normal distribution."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda shape: jnp.asarray(np.float32(size) * rng.standard_normal(shape, np.float32)),
@@ -36,12 +38,12 @@ def random_tree(shapes: Tree, seed: int, size: float) -> Tree:
 
 
 def num_bytes(tree: Tree) -> int:
-    """Of all leaves."""
+    """The size of all leaves."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 class World:
-    """What all steps on one model with one optimizer work on, one after the other."""
+    """The buffers that all steps on one model with one optimizer share, one after the other."""
 
     def __init__(self, shapes: Tree, optimizer: optax.GradientTransformation, alone: bool):
         self.params = random_tree(shapes, 0, 0.02)
@@ -52,7 +54,7 @@ class World:
         self.alone = alone
 
     def grads_of(self, parts: int | None) -> Tree:
-        """The gradient, or as many of them, stacked."""
+        """The gradient, or the given number of gradients, stacked."""
         if parts is None:
             return self.grads
         if parts not in self.parts:
@@ -62,10 +64,10 @@ class World:
 
 
 class Program:
-    """A step as one compiled program, and what is known of it without running it.
+    """A step as one compiled program, with its compile times and the size of its own state.
 
-    The state of the world's optimizer is shared with the other steps, unless the transformation
-    keeps another in its place.
+    It shares the state of the world's optimizer with the other steps, unless the transformation
+    keeps a different state in its place.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class Program:
         self.world = world
         self.grads = world.grads_of(parts)
         self.tx = wrap(world.optimizer)
-        # The optimizer's state goes where a transformation in its place leaves this mark.
+        # A transformation in place of the optimizer leaves this mark where its state belongs.
         mark = object()
         marked = optax.GradientTransformation(lambda _: mark, world.optimizer.update)
         tx = wrap(marked) if shares_state else self.tx
@@ -85,7 +87,7 @@ class Program:
         self.compile()
 
     def compile(self) -> None:
-        """With empty caches."""
+        """Compiles the step with empty caches, and records the time."""
         world, tx = self.world, self.tx
 
         def step(params, state, grads):
@@ -101,7 +103,7 @@ class Program:
         self.compile_times.append(time.perf_counter() - start)
 
     def full_state(self) -> Tree:
-        """The clipper's state together with the optimizer's."""
+        """The clipper's state, with the optimizer's state in its place."""
         leaves = list(self.own)
         if self.place is not None:
             leaves[self.place] = self.world.opt_state
@@ -150,22 +152,22 @@ class HostProgram:
 
 
 class Times(NamedTuple):
-    """Of two programs, pair by pair."""
+    """The times of two programs, pair by pair."""
 
     own: np.ndarray
     reference: np.ndarray
 
     def ratio(self) -> np.ndarray:
-        """Median, first and third quartile."""
+        """The ratio of the times: median, first and third quartile."""
         return np.percentile(self.own / self.reference, [50, 25, 75])
 
     def extra(self) -> np.ndarray:
-        """Seconds that it takes longer: median, first and third quartile."""
+        """The additional seconds: median, first and third quartile."""
         return np.percentile(self.own - self.reference, [50, 25, 75])
 
 
 def run_pairs(own: Any, reference: Any, repeats: int) -> Times:
-    """Some steps of one, some of the other, and so on."""
+    """Times some steps of one program, some of the other, and so on."""
     first = [min(program.run(1) for _ in range(2)) for program in (own, reference)]
     steps = max(1, min(MAX_BATCH, round(BATCH / max(first))))
     pairs = []
@@ -177,7 +179,7 @@ def run_pairs(own: Any, reference: Any, repeats: int) -> Times:
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second, read and written, in memory that is already there."""
+    """Measures bytes per second, read and written, in memory that is already allocated."""
     step = jax.jit(lambda array: array + 1.0, donate_argnums=0)
     array = jnp.zeros(COPIED_BYTES // 4)
     times = []

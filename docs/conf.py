@@ -1,4 +1,4 @@
-"""The site: `make docs` builds it from this folder into docs/_build/html, without a network."""
+"""Settings of the site. `make docs` builds it into docs/_build/html, without a network."""
 
 import importlib.util
 import os
@@ -26,15 +26,14 @@ extensions = [
 exclude_patterns = ["_build", "_ext", "**/.ipynb_checkpoints"]
 nitpicky = True
 
-# Pages. They are read on GitHub as well, so that only what it renders, too, is used in their text.
+# The pages are also read on GitHub, so they use only extensions that GitHub renders as well.
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 myst_dmath_double_inline = True
 
-# The notebooks have their outputs. `make colabs` runs them.
+# The notebooks are stored with their outputs. `make colabs` runs them.
 nb_execution_mode = "off"
 
-# Docstrings.
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # The extension `docstrings` puts them next to each argument.
 autoclass_content = "class"
@@ -44,7 +43,7 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 default_role = "name"
 
-# Links to the documentation of Optax and JAX need the network while the site is built.
+# Links to the documentation of Optax and JAX need a network during the build.
 if os.environ.get("DOCS_INTERSPHINX"):
     extensions.append("sphinx.ext.intersphinx")
     intersphinx_mapping = {
@@ -52,8 +51,9 @@ if os.environ.get("DOCS_INTERSPHINX"):
         "optax": ("https://optax.readthedocs.io/en/latest/", None),
     }
 
-# Equations: MathJax's single file that draws SVG needs no fonts. It is served from the site, so
-# that the pages are whole without a network; where its package is missing, from MathJax's CDN.
+# MathJax draws the equations as SVG with one script and without fonts. The site serves the script
+# itself, so that pages are complete without a network. If its package is not installed, the script
+# comes from MathJax's CDN.
 html_static_path = ["_static"]
 _mathjax = importlib.util.find_spec("sphinx-mathjax-offline")
 if _mathjax is not None and _mathjax.origin is not None:
@@ -73,7 +73,7 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
 }
-# The address of the repository, which CI sets. With it, notebooks have a button that opens Colab.
+# CI sets the address of the repository. With it, notebooks have a button that opens Colab.
 if "GITHUB_REPOSITORY" in os.environ:
     html_theme_options |= {
         "repository_url": "https://github.com/" + os.environ["GITHUB_REPOSITORY"],
@@ -85,6 +85,6 @@ if "GITHUB_REPOSITORY" in os.environ:
         "launch_buttons": {"colab_url": "https://colab.research.google.com"},
     }
 
-# `make links`, where there is a network.
+# `make links` checks links, which needs a network.
 linkcheck_ignore = [r"https://doi\.org/"]  # Publishers refuse programs.
 linkcheck_anchors = False

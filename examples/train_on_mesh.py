@@ -1,9 +1,8 @@
-"""Trains a Flax NNX model on a mesh of devices, stops, and goes on from a checkpoint.
+"""Trains a Flax NNX model on a mesh of devices, stops, and resumes from a checkpoint.
 
-What is shown is where a clipper stands in an ordinary training program: inside of the gradient
-accumulation, before the optimizer. The batch is split over the mesh axis `data`, weights over
-`model`, and nothing of that concerns the clipper. Where there are no accelerators, the devices are
-simulated.
+The example shows the place of a clipper in an ordinary training program: inside the gradient
+accumulation, before the optimizer. The batch is split over the mesh axis `data` and the weights
+over `model`, which does not concern the clipper. Without accelerators, the devices are simulated.
 
     python examples/train_on_mesh.py --devices=8 --steps=200
 """
@@ -36,7 +35,7 @@ MICRO_STEPS = 4
 
 
 class Block(nnx.Module):
-    """A causal convolution and a perceptron, the weights of which are split over `model`."""
+    """A causal convolution and a perceptron, whose weights are split over `model`."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         init = nnx.initializers.lecun_normal()
@@ -47,7 +46,7 @@ class Block(nnx.Module):
         self.down = nnx.Linear(2 * WIDTH, WIDTH, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
-        """One residual layer."""
+        """Applies one residual layer."""
         return x + self.down(nnx.gelu(self.up(self.mix(self.norm(x)))))
 
 
@@ -60,7 +59,7 @@ class Model(nnx.Module):
         self.norm = nnx.RMSNorm(WIDTH, rngs=rngs)
 
     def __call__(self, text: Int[Array, "batch length"]) -> Float[Array, "batch length 128"]:
-        """The logits of each next character."""
+        """Returns the logits of each next character."""
         x = self.embed(text)
         for block in self.blocks:
             x = block(x)
@@ -68,7 +67,7 @@ class Model(nnx.Module):
 
 
 def make_optimizer(model: Model) -> nnx.Optimizer:
-    """Inside of MultiSteps, the clipper sees the mean gradient, once for each step."""
+    """Makes the optimizer. Inside MultiSteps, the clipper sees the mean gradient of each step."""
     tx = optax.chain(smartclip.autoclip(), optax.adamw(3e-3))
     accumulating = optax.MultiSteps(tx, every_k_schedule=MICRO_STEPS)
     return nnx.Optimizer(model, accumulating.gradient_transformation(), wrt=nnx.Param)
@@ -78,7 +77,7 @@ def make_optimizer(model: Model) -> nnx.Optimizer:
 def train_step(
     model: Model, optimizer: nnx.Optimizer, text: Int[Array, "batch length"]
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Returns the loss and the clipper's metrics."""
+    """Trains on one micro-batch; returns the loss and the clipper's metrics."""
 
     def loss_fn(model: Model) -> Float[Array, ""]:
         losses = optax.softmax_cross_entropy_with_integer_labels(model(text[:, :-1]), text[:, 1:])
@@ -90,17 +89,17 @@ def train_step(
 
 
 def batches(first: int, last: int) -> Iterator[Int[np.ndarray, "batch length"]]:
-    """The micro-batches of the steps from `first` to `last`, each from a seed of its own."""
+    """Yields the micro-batches of the steps from `first` to `last`, each from its own seed."""
     for seed in range(first * MICRO_STEPS, last * MICRO_STEPS):
         starts = np.random.default_rng(seed).integers(len(TEXT) - LENGTH - 1, size=BATCH)
         yield np.int32(TEXT[starts[:, None] + np.arange(LENGTH + 1)])
 
 
 def train(model: Model, optimizer: nnx.Optimizer, first: int, last: int, split: Any) -> None:
-    """Trains from step `first` to `last`, each of MICRO_STEPS batches, and prints every tenth."""
+    """Trains from step `first` to `last`, and prints every tenth; one has MICRO_STEPS batches."""
     for number, text in enumerate(batches(first, last), start=first * MICRO_STEPS + 1):
         loss, record = train_step(model, optimizer, jax.device_put(text, split))
-        # Simulated devices share the threads of the host, and block each other if steps pile up.
+        # Simulated devices share the host's threads, and block each other if steps pile up.
         jax.block_until_ready(loss)
         if number % (10 * MICRO_STEPS) == 0:
             print(
@@ -111,7 +110,7 @@ def train(model: Model, optimizer: nnx.Optimizer, first: int, last: int, split: 
 
 
 def main(_: list[str]) -> None:
-    """Trains for half of the steps, saves, and trains a restored model for the other half."""
+    """Trains for half of the steps, saves, and trains the restored model for the other half."""
     logging.set_verbosity(logging.WARNING)
     jax.config.update("jax_num_cpu_devices", DEVICES.value)
     num_devices = jax.device_count()
@@ -126,7 +125,7 @@ def main(_: list[str]) -> None:
         print("one of the weights is", model.blocks[0].up.kernel.sharding)
         train(model, optimizer, 0, STEPS.value // 2, split)
 
-        # The clipper's state is in the optimizer's, and so in the checkpoint.
+        # The optimizer's state contains the clipper's, so the checkpoint does as well.
         checkpointer = ocp.StandardCheckpointer()
         checkpointer.save(Path(folder) / "run", nnx.state((model, optimizer)))
         checkpointer.wait_until_finished()

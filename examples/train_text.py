@@ -2,13 +2,13 @@
 
 The text is the reference documentation that ships with every CPython (`pydoc_data.topics`, about
 465 kB of English). The model is a recurrent network with ReLU units, unrolled over 128
-characters: its gradient can grow by any factor within one sequence, and does. The learning rate
+characters, so its gradient can grow by any factor within one sequence, and does. The learning rate
 is high: with clipping, runs end about as well at twice this rate.
 
 All clippers see the same parameters and batches. All seeds of a clipper train at once, in one
 compiled program. Training is chaotic: another processor, or another version of JAX, rounds
-differently, and then every run ends somewhere else. So the table gives means with an interval.
-Prints the table and writes `loss.png`, `norms.png` and `steps.csv`.
+differently, and every run then ends at another loss. The table therefore gives means with
+intervals. Prints the table and writes `loss.png`, `norms.png` and `steps.csv`.
 
     python examples/train_text.py --clippers=none,autoclip --seeds=4
 """
@@ -39,7 +39,6 @@ import optax_smartclip as smartclip
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-# The benchmarks describe the machine in the same way.
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from machine import describe_machine
 
@@ -57,7 +56,7 @@ LABELS = {
     "zscore": "zscore_clip()",
     "agc": "agc()",
 }
-# Okabe and Ito's colours, which people with any colour vision can tell apart.
+# Okabe and Ito's colours, which can be told apart with any colour vision.
 COLOURS = {
     "none": "#000000",
     "fixed": "#E69F00",
@@ -85,8 +84,8 @@ class Corpus(NamedTuple):
     """The text as character numbers; 0 stands for all rare characters.
 
     Attributes:
-        train: The first nine tenths, in one sequence.
-        held_out: The rest, in windows of `UNROLL + 1` characters.
+        train: The first nine tenths, as one sequence.
+        held_out: The rest, as windows of `UNROLL + 1` characters.
         num_characters: The size of the vocabulary.
     """
 
@@ -119,7 +118,7 @@ class CharacterRNN(nnx.Module):
         self.head = nnx.Linear(HIDDEN, num_characters, rngs=rngs)
 
     def __call__(self, text: Int[Array, "batch time"]) -> Float[Array, "time batch characters"]:
-        """Logits of the next character at each time."""
+        """Returns the logits of the next character at each time."""
 
         def step(hidden, embedded):
             hidden = jax.nn.relu(embedded + self.recur(hidden))
@@ -133,20 +132,20 @@ class CharacterRNN(nnx.Module):
 def bits_per_character(
     model: CharacterRNN, windows: Int[Array, "batch characters"]
 ) -> Float[Array, ""]:
-    """Mean cross-entropy of predicting each character from those before it."""
+    """Mean cross-entropy of each character, predicted from those before it."""
     logits = model(windows[:, :-1])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:].T)
     return losses.mean() / jnp.log(2.0)
 
 
 class Record(NamedTuple):
-    """What is kept of every step.
+    """The record of one step.
 
     Attributes:
         loss: Bits per character on the batch.
-        grad_norm: The global norm, before clipping.
-        threshold: That of the clipper; for agc(), 1, as its units have one each.
-        clipped: Whether the gradient was; for agc(), the share of units that were.
+        grad_norm: The global norm before clipping.
+        threshold: The clipper's threshold; 1 for agc(), which has one for each unit.
+        clipped: Whether the gradient was clipped; for agc(), the share of clipped units.
     """
 
     loss: Any
@@ -168,7 +167,7 @@ class Runs(NamedTuple):
 
 
 def train(name: str, corpus: Corpus, progress: tqdm) -> Runs:
-    """Trains with one clipper and all seeds at once."""
+    """Trains with one clipper, all seeds at once."""
     graph = nnx.graphdef(CharacterRNN(corpus.num_characters, nnx.Rngs(0)))
     text, held_out = jnp.asarray(corpus.train), jnp.asarray(corpus.held_out)
     schedule = optax.warmup_cosine_decay_schedule(
@@ -222,10 +221,10 @@ def train(name: str, corpus: Corpus, progress: tqdm) -> Runs:
 
 
 def margin(values: np.ndarray) -> float:
-    """How far the mean of as many new runs may lie from the mean of these, in 19 of 20 cases.
+    """Half the width of a 95 % interval for the mean of the same number of new runs.
 
-    The new mean is as uncertain as this one, so their difference has a standard error that is
-    larger by the root of 2.
+    The new mean is as uncertain as this one, so the standard error of their difference is larger
+    by the root of 2.
     """
     error = values.std(ddof=1) / len(values) ** 0.5
     return 2**0.5 * stats.t.ppf(0.975, len(values) - 1) * error
@@ -263,12 +262,13 @@ def write_csv(results: dict[str, Runs], path: Path) -> None:
 
 def smooth(values: np.ndarray, steps: int = 25) -> np.ndarray:
     """A running mean over `steps`, shorter at the start."""
-    # Each mean on its own: after a huge loss, differences of a running sum would be all rounding.
+    # We compute each mean separately: after a huge loss, differences of a running sum would be
+    # nothing but rounding errors.
     return np.array([values[max(0, end - steps) : end].mean() for end in range(1, len(values) + 1)])
 
 
 def plot_loss(results: dict[str, Runs], path: Path) -> None:
-    """Training loss over steps, and how every run ends."""
+    """Plots the training loss over steps, and the held-out loss of every run at the end."""
     figure, (curves, ends) = plt.subplots(
         1, 2, figsize=(9, 4.5), width_ratios=[5, 2], layout="constrained"
     )
@@ -294,7 +294,7 @@ def plot_loss(results: dict[str, Runs], path: Path) -> None:
 
 
 def plot_norms(results: dict[str, Runs], path: Path) -> None:
-    """Norm and threshold over steps in the first seed, a panel for each clipper."""
+    """Plots norm and threshold over steps for the first seed, one panel for each clipper."""
     figure, panels = plt.subplots(
         len(results), 1, figsize=(8, 1.6 * len(results) + 0.6), sharex=True, squeeze=False,
         layout="constrained",
@@ -302,11 +302,11 @@ def plot_norms(results: dict[str, Runs], path: Path) -> None:
     for (name, runs), axes in zip(results.items(), panels[:, 0], strict=True):
         record = Record(*(field[0] for field in runs.steps))
         axes.plot(record.grad_norm, color=COLOURS[name], linewidth=0.8, label="norm")
-        # The threshold of agc() is that of one unit, and has no place on this axis.
+        # A threshold of agc() applies to one unit, so it does not belong on this axis.
         if name not in ("none", "agc"):
             known = record.threshold < np.finfo(np.float32).max
-            learnt = np.where(known, record.threshold, np.nan)
-            axes.plot(learnt, color="#D55E00", linewidth=1.2, label="threshold")
+            learned = np.where(known, record.threshold, np.nan)
+            axes.plot(learned, color="#D55E00", linewidth=1.2, label="threshold")
             clipped = np.flatnonzero(record.clipped)
             axes.plot(
                 clipped, record.grad_norm[clipped], "v", color="#D55E00", markersize=3.5,
@@ -330,7 +330,7 @@ def main(arguments: list[str]) -> None:
     unknown = sorted(set(names) - set(CLIPPERS))
     if unknown or not names:
         raise app.UsageError(f"--clippers must be any of {', '.join(CLIPPERS)}, got {unknown}.")
-    # Otherwise JAX reports, on every machine without one, that it has found no TPU.
+    # Otherwise JAX reports that it has not found a TPU, on every machine without one.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     start = time.perf_counter()
     corpus = load_corpus()

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from documents import ROOT, STRICT_PYTHON, run_python_blocks
+from documents import ROOT, STRICT_PYTHON
 
 import optax_smartclip as smartclip
 
@@ -122,42 +122,61 @@ def test_every_public_name_is_in_the_reference():
     assert set(described.values()) == {1}
 
 
-# In a process as a user has it, with the devices of a mesh; each page is a program of its own.
+# JAX as users find it and not as the tests configure it, with the devices of a mesh. Each page is a
+# program of its own, whose checks know what it printed.
 RUNNER = """
 import contextlib, io, json, pathlib, sys
 
-printed = []
 path = pathlib.Path(sys.argv[1])
-for name, blocks in json.loads(path.read_text()):
-    program = {"__name__": "__main__"}
+printed = {}
+for page, blocks in json.loads(path.read_text()).items():
+    outputs = printed[page] = []
+    program = {"__name__": "__main__", "outputs": outputs}
     for line, code in blocks:
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
-            exec(compile("\\n" * (line - 1) + code, name, "exec"), program)
-        printed.append(output.getvalue())
+            exec(compile("\\n" * (line - 1) + code, page, "exec"), program)
+        outputs.append(output.getvalue().rstrip("\\n"))
 path.write_text(json.dumps(printed))
 """
 
+# For the pages that do not show what they print.
+CHECKS = {
+    INTEGRATIONS: "",
+    MIGRATING: """
+lines = list(filter(None, outputs))
+assert len(lines) == 4
+assert lines[0].startswith("True ")
+assert len(records) == 2 * 12
+assert set(records[-1]) == {
+    "algo", "key", "scope", "grad_norm", "threshold", "scale", "clipped"
+}
+assert {record["key"] for record in records} == {
+    ("layer", "params/layers_0"), ("layer", "params/layers_2")
+}
+assert resumed.state_dict() == json.loads(text)
+""",
+}
 
-def test_the_code_of_all_other_pages_runs_and_prints_what_is_shown(tmp_path):
-    programs, shown = [], []
+
+def test_the_code_of_all_pages_runs_and_prints_what_they_show(tmp_path):
+    programs, shown = {}, {}
     for page in PAGES:
         blocks = list(fenced(page))
         for _, language, _ in blocks:
             assert language in {"python", "console", "text", "{toctree}", "{include}", "{eval-rst}"}
-        if page in (INTEGRATIONS, MIGRATING):  # They have a test of their own.
-            continue
-        codes = []
         texts = {first: "\n".join(lines) for first, language, lines in blocks if language == "text"}
-        for first, language, lines in blocks:
-            if language == "python":
-                codes.append((first, "\n".join(lines) + "\n"))
-                # Between the code and what it prints are two fences and an empty line.
-                shown.append((f"{page}:{first}", texts.get(first + len(lines) + 3, "")))
-        programs.append((str(page), codes))
+        codes = {
+            first: "\n".join(lines) + "\n"
+            for first, language, lines in blocks
+            if language == "python"
+        }
+        # Two fences and an empty line separate the code and its output.
+        shown[page] = [texts.get(first + code.count("\n") + 3, "") for first, code in codes.items()]
+        programs[str(page)] = [*codes.items(), (1, CHECKS.get(page, ""))]
     file = tmp_path / "programs.json"
     file.write_text(json.dumps(programs))
-    # Pages have programs in common with each other and with other tests.
+    # Pages share programs with each other and with other tests.
     cache = {
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -165,9 +184,9 @@ def test_the_code_of_all_other_pages_runs_and_prints_what_is_shown(tmp_path):
     }
     command = [*STRICT_PYTHON, "-c", RUNNER, file]
     subprocess.run(command, check=True, env={**os.environ, **cache})
-    printed = [output.rstrip("\n") for output in json.loads(file.read_text())]
-    places = [place for place, _ in shown]
-    assert dict(zip(places, printed, strict=True)) == dict(shown)
+    printed = json.loads(file.read_text())
+    for page in PAGES:
+        assert page in CHECKS or printed[str(page)][:-1] == shown[page], page
 
 
 def test_versions_that_are_written_down_twice_agree():
@@ -186,26 +205,6 @@ def test_every_row_of_what_it_runs_with_and_of_what_we_promise_has_its_test(page
     assert len(rows) > 40
     for row in rows:
         assert re.search(r"\]\(\.\./tests/\S+\.py\S*\)", row), row
-
-
-def test_the_code_of_what_it_runs_with_runs(tmp_path):
-    run_python_blocks(INTEGRATIONS, tmp_path / "integrations.py")
-
-
-def test_the_calls_of_smartclips_guide_do_what_the_page_says(tmp_path):
-    checks = """
-assert len(records) == 2 * 12
-assert set(records[-1]) == {
-    "algo", "key", "scope", "grad_norm", "threshold", "scale", "clipped"
-}
-assert {record["key"] for record in records} == {
-    ("layer", "params/layers_0"), ("layer", "params/layers_2")
-}
-assert resumed.state_dict() == json.loads(text)
-"""
-    printed = run_python_blocks(MIGRATING, tmp_path / "migrating.py", checks).splitlines()
-    assert len(printed) == 4
-    assert printed[0].startswith("True ")
 
 
 def rows_of_links():

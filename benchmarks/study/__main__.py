@@ -1,27 +1,27 @@
-"""Which clipper, at which learning rate: all arms on all tasks, paired over seeds.
+"""Compares clippers over learning rates: all arms on all tasks, paired over seeds.
 
     make study [ARGS="--task rnn-adam conv-16 --arm 'autoclip()' --seeds 12 --quick --out study"]
 
 Each arm of each task is trained at seven peak rates over three decades and with twelve seeds, in
 one compiled program. With the same seed, all arms start from the same parameters and see the same
-batches. To each arm belongs a control: no clipping at the rate times the mean scale of that very
-run. An arm that is no better than its control is a smaller step and nothing else.
+batches. Each run of an arm has a control: no clipping, at the rate times the mean scale of that
+run. If an arm is not better than its control, its only effect is a smaller step.
 
-Results are added to `OUT/TASK.csv` when an arm is done; an arm that is there is not trained again,
-so a run that was stopped goes on where it was. Behind them come tables and pictures. `--quick`
-trains three arms at three rates with four seeds, and compares their signs with the stored results.
-Without `--task`, all of them are trained, which takes hours.
+The results of an arm are added to `OUT/TASK.csv` when it is done. Arms in the file are not trained
+again, so a stopped run resumes where it was. After training, tables are printed and pictures drawn.
+`--quick` trains three arms at three rates with four seeds, and compares the signs of their
+differences with the stored results. Without `--task`, all tasks are trained, which takes hours.
 
-What would refute the claims of the literature, stated before the study was run:
+Before the study was run, we stated the results that would refute claims of the literature:
 
-- AGC helps at large batches and without normalisation (arXiv 2102.06171): `agc()` diverges at
+- AGC helps at large batches and without normalization (arXiv 2102.06171): `agc()` diverges at
   conv-1024 at every rate where no clipping diverges; or it gains as much at conv-16.
 - ZClip widens the range of rates (2504.02507): the sensitivity of `zclip()` on lm-b2-0.95 is not
   below that of `clip_by_global_norm(1)`.
 - AdaGC needs a threshold for each tensor (2502.11034): `adagc()` is not better than `zclip()`
   where one layer is damaged.
 - AutoClip's percentile of 10 is a good default (Seetharaman et al., 2020): `autoclip(10)` ends
-  behind `autoclip(50)` by more than noise on most of the tasks, each at its best rate.
+  worse than `autoclip(50)` by more than noise on most of the tasks, each at its best rate.
 - Clipping is essential in policy gradients: no clipping at its best rate is within noise of the
   best arm on policy.
 - Clipping only makes the step smaller: the controls end within noise of their arms on most tasks.
@@ -56,7 +56,7 @@ from study.training import Task, train
 
 STORED = Path(__file__).parent / "results"
 NUM_SEEDS = 12
-# How many settings anyone would try.
+# The number of settings that a user is expected to try.
 TRIALS = 3
 SHARES = ("diverge %", "spikes %", "clipped %")
 QUICK_ARMS = (NONE, fixed(1.0), AUTO)
@@ -68,7 +68,7 @@ QUICK_STRIDE = 3
 def run_task(
     name: str, task: Task, arms: Mapping[str, Arm], seeds: Sequence[int], path: Path
 ) -> Table:
-    """Trains what the file lacks: the arms, one by one, and then their controls."""
+    """Trains the arms that are missing in the file, one by one, and then their controls."""
     machine = describe_machine(jax, optax)
     for kind, arm in itertools.product((ARM, CONTROL), arms):
         done = load(path)
@@ -88,7 +88,7 @@ def run_task(
 
 
 def print_table(task: Task, table: Table) -> None:
-    """The losses at each rate, then the measures of each arm, as means over seeds."""
+    """Prints the losses at each rate, then the measures of each arm, as means over seeds."""
     outcomes = pictures.of_arms(table)
     lost = lost_progress(outcomes)
     print(f"\n{task.title}: {task.unit} at the end, {len(table.seeds)} seeds")
@@ -118,12 +118,12 @@ def print_table(task: Task, table: Table) -> None:
 
 
 def print_row(name: str, cells: Iterable[object]) -> None:
-    """A line of a table."""
+    """Prints a line of a table."""
     print(f"{name:38}" + "".join(f"{cell!s:19}" for cell in cells).rstrip())
 
 
 def over_control(table: Table, arm: str) -> str:
-    """By how much the loss is above that of a smaller step, in % of the best progress."""
+    """The loss minus that of the control, in % of the best progress."""
     if (arm, CONTROL) not in table.outcomes:
         return "-"
     losses, of_control = (capped(table.outcomes[arm, kind]) for kind in (ARM, CONTROL))
@@ -132,7 +132,7 @@ def over_control(table: Table, arm: str) -> str:
 
 
 def print_promise(tables: Mapping[str, Table]) -> None:
-    """Over all tasks, how often each arm is as good as the best; if they have the same arms."""
+    """Prints how often each arm is as good as the best, if all tasks have the same arms."""
     arms = {name: pictures.of_arms(table) for name, table in tables.items()}
     if len({frozenset(outcomes) for outcomes in arms.values()}) > 1:
         return
@@ -144,10 +144,10 @@ def print_promise(tables: Mapping[str, Table]) -> None:
 
 
 def compare_signs(table: Table, stored: Table) -> list[str]:
-    """Which differences between two arms have another sign in the stored results.
+    """Lists the differences from no clipping whose sign differs in the stored results.
 
-    Only those count that the stored results are sure of: paired over all of their seeds, zero is
-    outside of the interval by more than its width.
+    Only clear differences in the stored results count: paired over all of their seeds, the mean is
+    farther from zero than the width of its interval.
     """
     here, there = pictures.of_arms(table), pictures.of_arms(stored)
     wrong = []
@@ -162,7 +162,7 @@ def compare_signs(table: Table, stored: Table) -> list[str]:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Trains, prints, draws. Returns the exit status."""
+    """Trains the arms, prints the tables, draws the pictures; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
     parser.add_argument("--arm", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")

@@ -1,7 +1,7 @@
-"""The arms of the study: what stands between the gradient and the optimizer.
+"""The arms of the study: clippers between the gradient and the optimizer.
 
-An arm is a clipper, and whether a step may be dropped as well. `fixed(norm)` are the settings of
-one arm, `clip_by_global_norm`, that has to be tuned. Those that clip the update are in `updates`.
+An arm is a clipper, possibly with a guard that drops steps. The arms `fixed(norm)` are the settings
+of `clip_by_global_norm`, which must be tuned. The arms that clip updates are in `updates`.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,14 @@ Optimizer = Callable[[optax.Schedule], optax.GradientTransformation]
 
 
 class Arm(NamedTuple):
-    """What stands around the optimizer.
+    """The clippers around an optimizer.
 
     Attributes:
-        clipper: Before the optimizer.
-        skips: Whether `skip_spikes` stands around both.
-        after_step: After the optimizer, before the learning rate multiplies its step.
-        after_rate: After the optimizer and its learning rate.
-        stable: Whether StableAdamW takes the place of AdamW.
+        clipper: The clipper before the optimizer.
+        skips: Whether `skip_spikes` wraps both.
+        after_step: A clipper of the optimizer's step before it is multiplied by the learning rate.
+        after_rate: A clipper after the optimizer and its learning rate.
+        stable: Whether StableAdamW replaces AdamW.
     """
 
     clipper: optax.GradientTransformation
@@ -37,7 +37,7 @@ class Arm(NamedTuple):
     def around(
         self, optimizer: Optimizer, schedule: optax.Schedule
     ) -> optax.GradientTransformationExtraArgs:
-        """The transformation that trains. It records the scale of the last of the clippers."""
+        """Makes the transformation that trains and that records the scale of the last clipper."""
         if self.after_step is not None:
             unit_rate = optimizer(lambda count: jnp.ones_like(count, jnp.float32))
             rate = optax.scale_by_schedule(schedule)
@@ -52,16 +52,16 @@ class Arm(NamedTuple):
 
 
 class ScaleState(NamedTuple):
-    """What a clipper keeps, and by which factor it scaled the last norm."""
+    """The state of a clipper, and the factor by which it scaled the last norm."""
 
     clipper: Any
     norm_scale: Float32[Array, ""]
 
 
 def with_scale(clipper: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The clipper, and a record of the norm behind it in units of the norm before it.
+    """Adds to a clipper a record of the norm after it divided by the norm before it.
 
-    It is the same figure for every clipper, also for those that scale each unit for itself.
+    This figure is defined for every clipper, also for those that scale each unit separately.
     """
     clipper = optax.with_extra_args_support(clipper)
 
@@ -74,7 +74,7 @@ def with_scale(clipper: optax.GradientTransformation) -> optax.GradientTransform
         clipped, inner = clipper.update(updates, state.clipper, params, **extra_args)
         before, after = optax.tree.norm(updates), optax.tree.norm(clipped)
         scale = jnp.where(before > 0, after / before, 1.0)
-        # Of a gradient that is not finite, nothing is left, or all.
+        # A gradient that is not finite counts as dropped or as unchanged.
         scale = jnp.where(jnp.isfinite(scale), scale, jnp.float32(after > 0))
         return clipped, ScaleState(inner, jnp.float32(scale))
 
@@ -84,7 +84,7 @@ def with_scale(clipper: optax.GradientTransformation) -> optax.GradientTransform
 def with_recorded_scale(
     optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer that scales its own step, and the mean over tensors of those scales."""
+    """Adds the mean scale over tensors to an optimizer that scales its own step."""
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init_fn(params: PyTree) -> ScaleState:
@@ -100,13 +100,13 @@ def with_recorded_scale(
 
 
 def last_scale(opt_state: PyTree) -> Float32[Array, ""]:
-    """By which factor the last gradient's norm was scaled: 0 if the step was dropped."""
+    """The factor by which the last gradient's norm was scaled; 0 if the step was dropped."""
     skipped = smartclip.metrics(opt_state).get("skipped", False)
     return jnp.where(skipped, 0.0, optax.tree.get(opt_state, "norm_scale"))
 
 
 NONE = "no clipping"
-# From a tenth of the smallest median norm of the tasks to ten times the largest.
+# These range from a tenth of the smallest median norm of the tasks to ten times the largest.
 FIXED_NORMS = (0.01, 0.1, 1.0, 10.0)
 
 
@@ -119,7 +119,8 @@ AUTO = "autoclip()"
 OUTLIERS_ONLY = "autoclip(outliers_only=True)"
 PER_PARAM = "autoclip(scope='per_param')"
 SKIP_SPIKES = "skip_spikes(chain(autoclip(), tx))"
-# What was chosen by comparison with the other arms, and what it replaced.
+# The arms with the default rule, which was chosen by comparison with the other arms, or with the
+# rule that it replaced.
 AUTO_ARMS = (AUTO, OUTLIERS_ONLY, PER_PARAM, SKIP_SPIKES)
 ARMS: dict[str, Arm] = {
     NONE: Arm(optax.identity()),

@@ -1,7 +1,7 @@
-"""From the losses of all runs to the figures that are reported.
+"""Computes the reported figures from the losses of all runs.
 
-Losses are `[rates, seeds]`. A run that ends no better than it began counts with its loss at the
-start, so that one such run does not hide what the others did.
+Losses are `[rates, seeds]`. A run that does not end better than it began counts with its loss at
+the start, so that one such run does not hide the results of the others.
 """
 
 import math
@@ -25,23 +25,23 @@ class Interval(NamedTuple):
 
 
 def interval(figures: np.ndarray) -> Interval:
-    """Student's, over seeds. Of differences between two arms, it is the paired one."""
+    """Student's interval over seeds. For differences between two arms, it is the paired one."""
     num = len(figures)
     half = stats.t.ppf(0.975, num - 1) * np.std(figures, ddof=1) / math.sqrt(num)
     return Interval(float(np.mean(figures)), float(half))
 
 
 def capped(outcome: Outcome) -> Figures:
-    """The final loss, or that of the start where a run ended worse or not finite."""
+    """The final loss, or the loss at the start if a run ended with a worse one or with NaN."""
     return np.where(outcome.final < outcome.start, outcome.final, outcome.start)
 
 
 def diverged(outcome: Outcome) -> np.ndarray:
-    """Which runs end no better than they began, or lost most of what a lower rate gains.
+    """Which runs diverged: they do not end better than they began, or lose most of their progress.
 
-    A network whose units have died ends at chance, and that may be better than it began. Hence a
-    run has also diverged if its rate is above the arm's best, and it ends with less than half of
-    the progress at that rate.
+    A network whose units have died ends at chance, which may be better than its start. Hence a run
+    has also diverged if its rate is above the arm's best rate, and it ends with less than half of
+    the progress at the best rate.
     """
     losses = capped(outcome)
     means = losses.mean(axis=1)
@@ -51,9 +51,9 @@ def diverged(outcome: Outcome) -> np.ndarray:
 
 
 def sensitivity(outcome: Outcome) -> np.ndarray:
-    """How far the loss is from its best if the rate is drawn at random, for each seed.
+    """The expected excess of the loss over its best at a random rate, for each seed.
 
-    Wortsman et al., arXiv 2309.14322: the mean over rates of min(loss, loss at the start), less
+    Wortsman et al., arXiv 2309.14322: the mean over rates of min(loss, loss at the start), minus
     the least loss.
     """
     losses = capped(outcome)
@@ -61,7 +61,7 @@ def sensitivity(outcome: Outcome) -> np.ndarray:
 
 
 def best_of(losses: np.ndarray, trials: int) -> float:
-    """The expected least of `trials` different settings, `[settings]`, drawn at random.
+    """The expected least loss of `trials` different settings, drawn at random from `[settings]`.
 
     Raises:
         ValueError: If there are fewer settings.
@@ -74,32 +74,32 @@ def best_of(losses: np.ndarray, trials: int) -> float:
 
 
 def best_at_budget(outcomes: Sequence[Outcome], trials: int) -> np.ndarray:
-    """The expected least loss of so many trials, for each seed.
+    """The expected least loss of `trials` trials, for each seed.
 
-    A setting is a rate, and for an arm that has to be tuned, a rate with one of its norms.
+    A setting is a rate, or a rate and a norm if the norm of an arm must be tuned.
 
     Args:
-        outcomes: One for each setting of the arm.
-        trials: How many settings are tried, drawn at random.
+        outcomes: One for each norm of the arm.
+        trials: The number of settings to try, drawn at random.
     """
     losses = np.concatenate([capped(outcome) for outcome in outcomes])
     return np.array([best_of(of_seed, trials) for of_seed in losses.T])
 
 
 def best_progress(outcomes: Mapping[str, Outcome]) -> float:
-    """From the loss at the start to the best mean loss of any arm at any rate."""
+    """The loss at the start minus the best mean loss of any arm at any rate."""
     start = np.mean([outcome.start.mean() for outcome in outcomes.values()])
     return float(start - min(capped(outcome).mean(axis=1).min() for outcome in outcomes.values()))
 
 
 def leading_losses(outcomes: Mapping[str, Outcome]) -> Figures:
-    """The losses, capped, of the arm that is best at each rate."""
+    """The capped losses of the best arm at each rate."""
     losses = np.stack([capped(outcome) for outcome in outcomes.values()])
     leaders = losses.mean(axis=2).argmin(axis=0)
     return losses[leaders, np.arange(len(leaders))]
 
 
 def lost_progress(outcomes: Mapping[str, Outcome]) -> dict[str, Figures]:
-    """How far each run is behind the best arm at its rate, in units of the best progress."""
+    """The loss of each run minus the best arm's at its rate, in units of the best progress."""
     leading, unit = leading_losses(outcomes), best_progress(outcomes)
     return {name: (capped(outcome) - leading) / unit for name, outcome in outcomes.items()}

@@ -13,7 +13,7 @@ from study.training import Task
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-# The arms that have a colour of their own; the others are grey.
+# The arms with their own colours; the others are grey.
 COLOURS = {
     NONE: "black",
     fixed(1.0): "tab:blue",
@@ -32,7 +32,7 @@ def of_arms(table: Table) -> dict[str, Outcome]:
 
 
 def draw_rates(path: Path, tasks: Mapping[str, Task], tables: Mapping[str, Table]) -> None:
-    """Loss against peak learning rate, a panel for each task; crosses are runs that diverge."""
+    """Draws loss against peak learning rate, a panel for each task, with crosses for divergence."""
     rows = -(-len(tables) // COLUMNS)
     columns = min(COLUMNS, len(tables))
     size = max(3.4 * columns, MIN_WIDTH), 2.7 * rows + 0.8
@@ -66,7 +66,7 @@ def _draw_task(axis: plt.Axes, task: Task, table: Table) -> None:
 
 
 def draw_overview(path: Path, tasks: Mapping[str, Task], tables: Mapping[str, Table]) -> None:
-    """A heat map: what each arm loses to the best one at the same rate, on average over rates."""
+    """Draws a heat map of the progress that each arm loses to the best, as a mean over rates."""
     arms = list(dict.fromkeys(arm for table in tables.values() for arm in of_arms(table)))
     lost = np.full((len(arms), len(tables)), np.nan)
     for column, table in enumerate(tables.values()):
@@ -90,7 +90,7 @@ def draw_overview(path: Path, tasks: Mapping[str, Task], tables: Mapping[str, Ta
 
 
 def draw(folder: Path, tasks: Mapping[str, Task], tables: Mapping[str, Table]) -> Iterable[Path]:
-    """Both pictures."""
+    """Draws both pictures, and yields their paths."""
     for name, draw_one in (("rates.png", draw_rates), ("overview.png", draw_overview)):
         draw_one(folder / name, tasks, tables)
         yield folder / name

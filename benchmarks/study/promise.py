@@ -1,7 +1,7 @@
-"""How well each arm keeps the promise that a default should keep.
+"""Measures how well each arm keeps the promise of a good default.
 
-At every rate of every task, it ends within 1 % of the best arm or within noise of it, and it
-diverges no more often than any.
+At every rate of every task, it ends within 1 % of the best arm or within noise of it, and it does
+not diverge more often than any other.
 """
 
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ class Figures(NamedTuple):
 
     Attributes:
         kept: Share of rates at which it is within 1 % of the best arm, or within noise.
-        lost: Mean over rates of how far it is behind, in % of the best progress.
-        worst: The largest of them.
+        lost: Mean over rates of its loss above the best arm's, in % of the best progress.
+        worst: The largest of these losses.
         diverged: Share of runs that diverge.
-        at_best: How far it is behind at its own best rate, from the best arm at that arm's own.
+        at_best: Its loss above the best arm's, in the same unit, both at their own best rates.
     """
 
     kept: float
@@ -33,11 +33,11 @@ class Figures(NamedTuple):
 
 
 def judge(outcome: Outcome, arms: Mapping[str, Outcome], seeds: slice) -> Figures:
-    """Compares with the arm that is best at each rate, paired over these seeds."""
+    """Compares an arm with the best arm at each rate, paired over these seeds."""
     arms = {name: _of_seeds(other, seeds) for name, other in arms.items()}
     outcome = _of_seeds(outcome, seeds)
-    behind = 100 * (capped(outcome) - leading_losses(arms)) / best_progress(arms)
-    found = [interval(of_rate) for of_rate in behind]
+    gaps = 100 * (capped(outcome) - leading_losses(arms)) / best_progress(arms)
+    found = [interval(of_rate) for of_rate in gaps]
     kept = [lost.mean <= max(WITHIN, lost.half) for lost in found]
     losses = [max(lost.mean, 0.0) for lost in found]
     return Figures(
@@ -60,7 +60,7 @@ def _of_seeds(outcome: Outcome, seeds: slice) -> Outcome:
 
 
 def print_figures(title: str, figures: Mapping[str, Mapping[str, Figures]]) -> None:
-    """A line for each rule, those that keep the promise most often first."""
+    """Prints a line for each rule. Those that keep the promise most often come first."""
     tasks = list(next(iter(figures.values())))
     print(f"\n{title}: {', '.join(tasks)}")
     print(f"{'':36}{'kept':>7}{'lost %':>8}{'worst %':>9}{'diverge':>9}", end="")

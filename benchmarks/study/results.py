@@ -1,4 +1,4 @@
-"""The table of all runs: a CSV file for each task, to which each arm is added when it is done.
+"""The table of all runs: a CSV file for each task. Each arm is added when it is done.
 
 append(path, machine, ("autoclip()", ARM), rates, seeds, outcome)
 table = load(path)
@@ -13,19 +13,19 @@ from typing import NamedTuple
 import numpy as np
 from study.training import Figures, Runs
 
-# What a row is about: an arm, or no clipping at the rate times the mean scale of that run.
+# The kinds of rows: an arm, or no clipping at the rate times the mean scale of the arm's run.
 ARM, CONTROL = "arm", "control"
 SPIKE_SIGMAS = 7.0
 SPIKE_WINDOW = 64
 
 
 class Outcome(NamedTuple):
-    """What is kept of the runs of an arm.
+    """The figures of the runs of an arm.
 
     Attributes:
         start: Loss before training.
         final: Loss at the end; NaN if parameters were not finite.
-        spikes: Share of steps with a training loss over 7 standard deviations from the mean of
+        spikes: Share of steps whose training loss is over 7 standard deviations from the mean of
             the 64 before (OLMo 2, arXiv 2501.00656, with a shorter window).
         clipped: Share of steps with a scale below 1.
         scale: Mean scale.
@@ -47,7 +47,7 @@ class Table(NamedTuple):
 
 
 def summarize(runs: Runs) -> Outcome:
-    """One figure for each run in place of one for each step."""
+    """Reduces the figures of each step to one figure for each run."""
     return Outcome(
         start=runs.start,
         final=runs.final,
@@ -60,7 +60,7 @@ def summarize(runs: Runs) -> Outcome:
 def spike_score(losses: np.ndarray) -> np.ndarray:
     """The share of values, after the first window, that stand out from the window before.
 
-    A value that is not finite stands out, and so does what follows a window with one.
+    A value that is not finite stands out, and so does the value after a window that has one.
     """
     before = np.lib.stride_tricks.sliding_window_view(losses[..., :-1], SPIKE_WINDOW, axis=-1)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -80,7 +80,7 @@ def append(
     seeds: Sequence[int],
     outcome: Outcome,
 ) -> None:
-    """Adds all runs of an arm, in one write, so that no half of it is ever read."""
+    """Adds all runs of an arm in one write, so that an incomplete arm is never read."""
     lines = [f"# {machine}", ",".join(COLUMNS)] if not path.exists() else []
     for i, rate in enumerate(rates):
         for j, seed in enumerate(seeds):
@@ -93,7 +93,7 @@ def append(
 
 
 def load(path: Path) -> Table:
-    """Reads a file; an empty table if there is none.
+    """Reads a file; the table is empty if it does not exist.
 
     Raises:
         ValueError: If an arm lacks some of the runs that others have.

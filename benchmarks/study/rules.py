@@ -1,12 +1,12 @@
-"""Which rule does `autoclip()` follow when it is given no percentile?
+"""Compares candidates for the default rule of `autoclip()`, without a percentile, by training.
 
     make study-rules [ARGS="--out rules"]
 
 Trains candidates on half of the tasks with half of the seeds, and compares each with the arms that
-`make study` has trained there: a rule is to be, in every task and at every rate, within 1 % of the
-best arm or within noise of it, and to diverge no more often. The choice is made from the first
-table. The second one has the same figures of all arms on the other tasks and seeds. What is stored
-beside the results of the study is not trained again.
+`make study` has trained there. In every task and at every rate, a rule should end within 1 % of the
+best arm or within noise of it, and should not diverge more often. The choice is made from the first
+table. The second one has the same figures of all arms on the other tasks and seeds. Candidates with
+stored results are not trained again.
 """
 
 import argparse
@@ -46,12 +46,12 @@ CHOOSING_TASKS = (
 CHOOSING_SEEDS = slice(0, NUM_SEEDS // 2)
 REPORTING_SEEDS = slice(NUM_SEEDS // 2, NUM_SEEDS)
 
-# From a function of a percentile, and the norm of this step, to the threshold.
+# A function that returns percentiles, the norm of this step -> the threshold.
 Limit = Callable[[Callable[[float], Norms], Norms], Norms]
 
 
 class RuleState(NamedTuple):
-    """The norms before this one, how many there were, and the least threshold so far."""
+    """The history of norms, the number of recorded norms, and the least threshold so far."""
 
     history: Any
     num_recorded: Int32[Array, " groups"]
@@ -61,13 +61,13 @@ class RuleState(NamedTuple):
 def candidate(
     limit: Limit, *, window: int = 112, early_factor: float = 1.5, falls_for: int = 0
 ) -> Arm:
-    """A clipper with this limit, and a multiple of the median until there are 10 norms.
+    """Makes a clipper with this limit, and a multiple of the median until there are 10 norms.
 
     Args:
         limit: The threshold.
-        window: How many norms are kept.
-        early_factor: Of the median of the first norms.
-        falls_for: In how many of the first steps the threshold may not rise.
+        window: The number of norms in the history.
+        early_factor: The multiple of the median of the first norms.
+        falls_for: The number of first steps in which the threshold may not rise.
     """
     history = smartclip.ring_buffer(window)
 
@@ -95,18 +95,18 @@ def candidate(
 
 
 def quantile(percent: float) -> Limit:
-    """The percentile."""
+    """The percentile itself."""
     return lambda percentile, norms: percentile(percent)
 
 
 def upper_fence(percentile: Callable[[float], Norms], norms: Norms) -> Norms:
-    """Tukey's: q75 + 1.5 (q75 - q25)."""
+    """Tukey's upper fence: q75 + 1.5 (q75 - q25)."""
     del norms
     return percentile(75.0) + 1.5 * (percentile(75.0) - percentile(25.0))
 
 
 def lower_half(factor: float) -> Limit:
-    """The median and a multiple of its distance to q25: what is above the median has no say."""
+    """The median plus a multiple of its distance to q25. Norms above the median have no effect."""
 
     def limit(percentile: Callable[[float], Norms], norms: Norms) -> Norms:
         del norms
@@ -121,7 +121,7 @@ def to_median(percentile: Callable[[float], Norms], norms: Norms) -> Norms:
 
 
 def reciprocal(percentile: Callable[[float], Norms], norms: Norms) -> Norms:
-    """The larger a norm above the upper fence, the lower it is cut, down to the median (ZClip)."""
+    """Cuts norms above the upper fence, larger ones to lower values, down to the median (ZClip)."""
     fence = upper_fence(percentile, norms)
     cut = jnp.maximum(percentile(50.0), fence * fence / norms)
     return jnp.where(norms > fence, cut, norms)
@@ -139,8 +139,8 @@ def root(percent: float) -> Limit:
     return limit
 
 
-# Beside these, the rules of AUTO (the median and 2.5 times its distance to q25, of 48 norms) and of
-# OUTLIERS_ONLY (the upper fence of 112), which `make study` trains.
+# Two more candidates are trained by `make study`: the rules of AUTO (the median plus 2.5 times its
+# distance to q25, of 48 norms) and of OUTLIERS_ONLY (the upper fence of 112).
 CANDIDATES: dict[str, Arm] = {
     "upper fence, falls for 112": candidate(upper_fence, early_factor=1.0, falls_for=112),
     "upper fence of 32": candidate(upper_fence, early_factor=3.0, window=32),
@@ -157,7 +157,7 @@ CANDIDATES: dict[str, Arm] = {
 
 
 def train_candidates(folder: Path) -> None:
-    """Trains what the files lack."""
+    """Trains the candidates that are missing in the files."""
     seeds = range(NUM_SEEDS)[CHOOSING_SEEDS]
     for name in CHOOSING_TASKS:
         task, path = TASKS[name](), folder / f"{name}.csv"
@@ -171,7 +171,7 @@ def train_candidates(folder: Path) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Trains, prints."""
+    """Trains the candidates and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--results", type=Path, default=STORED, help="of make study")
     parser.add_argument("--out", type=Path, default=STORED / "rules", help="of the candidates")
@@ -181,7 +181,7 @@ def main(args: list[str] | None = None) -> int:
     found: dict[str, dict[str, Figures]] = {}
     for name in CHOOSING_TASKS:
         arms = of_arms(load(options.results / f"{name}.csv"))
-        # Judged by the others, as the candidates are.
+        # The arms of AUTO are also compared with the others only, as the candidates are.
         others = {arm: outcome for arm, outcome in arms.items() if arm not in AUTO_ARMS}
         candidates = of_arms(load(options.out / f"{name}.csv"))
         for rule, outcome in (arms | candidates).items():

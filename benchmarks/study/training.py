@@ -21,26 +21,27 @@ Figures = Float[np.ndarray, "rates seeds"]
 
 
 def as_it_is(key: Key[Array, ""], grads: PyTree) -> PyTree:
-    """No damage."""
+    """Returns the gradient without damage."""
     del key
     return grads
 
 
 class Task(NamedTuple):
-    """A model, its data, and how it is trained.
+    """A model, its data and its training.
 
     Attributes:
-        title: What it is, in a picture.
-        unit: That of the loss that is reported.
-        steps: How many updates a run has.
+        title: The title in a picture.
+        unit: The unit of the reported loss.
+        steps: The number of updates of a run.
         rates: Peak learning rates.
-        optimizer: From a schedule, the optimizer.
+        optimizer: Makes the optimizer from a schedule.
         init: Key -> parameters.
-        batch: Key -> what the loss of one step is computed from.
-        loss: Parameters, batch -> what is differentiated.
-        held_out: Parameters -> the loss that is reported. The lower the better.
-        damage: Key, gradient -> gradient, if some arrive damaged.
-        stable: From a schedule, StableAdamW with the numbers of `optimizer`, if that is AdamW.
+        batch: Key -> the batch of one step.
+        loss: Parameters, batch -> the loss to differentiate.
+        held_out: Parameters -> the reported loss; lower is better.
+        damage: Key, gradient -> gradient, which may be damaged.
+        stable: Makes StableAdamW from a schedule, with the parameters of `optimizer`, if that is
+            AdamW.
     """
 
     title: str
@@ -57,13 +58,13 @@ class Task(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """What became of all runs of an arm.
+    """The results of all runs of an arm.
 
     Attributes:
-        start: The loss that is reported, before training.
-        final: The same at its end; NaN if parameters were not finite.
+        start: The reported loss before training.
+        final: The reported loss after training; NaN if parameters were not finite.
         losses: Training loss of each step.
-        scales: By which factor the norm of each gradient was scaled.
+        scales: The factor by which the norm of each gradient was scaled.
     """
 
     start: Figures
@@ -75,12 +76,12 @@ class Runs(NamedTuple):
 def train(
     task: Task, arm: Arm, seeds: Sequence[int], factors: Num[np.ndarray, "rates seeds"]
 ) -> Runs:
-    """Trains with the rates of the task, each times its factor."""
+    """Trains with the rates of the task, each multiplied by its factor."""
     rates = np.float32(np.array(task.rates)[:, None] * factors)
     return Runs(*map(np.asarray, _program(task, arm)(jnp.array(seeds), rates.T)))
 
 
-# Of the last arm, and of no clipping, which trains the controls of all arms.
+# The cache holds the programs of the last arm and of no clipping, which trains all controls.
 @functools.lru_cache(maxsize=2)
 def _program(task: Task, arm: Arm) -> Callable[..., tuple[Array, ...]]:
     shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, task.steps // 10, task.steps)
@@ -102,13 +103,13 @@ def _program(task: Task, arm: Arm) -> Callable[..., tuple[Array, ...]]:
         start = task.held_out(params)
         carry = params, tx.init(params)
         (params, _), (losses, scales) = jax.lax.scan(step, carry, jnp.arange(task.steps))
-        # Where nothing was left to be computed, the loss may be finite all the same.
+        # The held-out loss may be finite even if the parameters are not.
         is_finite = jnp.isfinite(optax.tree.norm(params))
         return start, jnp.where(is_finite, task.held_out(params), jnp.nan), losses, scales
 
-    # A batch depends on its seed only: it is drawn once for all rates. Seeds come one after the
-    # other, since the activations of all runs together do not fit into a processor's cache: the
-    # recurrent network trains 2.5 times as fast so, and the transformer 1.7 times.
+    # A batch depends only on its seed, so it is drawn once for all rates. Seeds run one after the
+    # other, since the activations of all runs together do not fit into a processor's cache. This
+    # trains the recurrent network 2.5 times as fast, and the transformer 1.7 times.
     all_rates = jax.vmap(run, in_axes=(None, 0))
 
     def all_runs(seeds, rates):

@@ -1,13 +1,14 @@
-"""Does clipping the update help where a gradient clip comes too late?
+"""Compares clipping of updates with clipping of gradients, which may come too late.
 
     make study-updates [ARGS="--task lm-b2-0.999 --arm 'stable_adamw()'"]
 
-With a large b2, Adam's second moment lags behind gradients that grow, and the step is too long in
-a step in which no norm stands out (Bai et al., arXiv 2506.04805). The arms here stand after Adam's
-step, or are StableAdamW, or cut singular values. They are trained on the transformers of the study,
-with its rates and the first of its seeds.
+With a large b2, Adam's second moment lags when gradients grow. Its update can then be too long in a
+step whose gradient norm does not stand out (Bai et al., arXiv 2506.04805). The arms here clip
+Adam's step, or are StableAdamW, or cut singular values. They are trained on the transformers of the
+study, with its rates and the first of its seeds.
 
-In the names of arms, `tx` is the optimizer with its learning rate, `step` is the same without it.
+In the names of arms, `tx` is the optimizer with its learning rate, and `step` is the optimizer
+without it.
 """
 
 import argparse
@@ -50,15 +51,15 @@ UPDATE_ARMS: dict[str, Arm] = {
 
 
 class Gain(NamedTuple):
-    """By how much less an arm loses than others, in % of the best progress, paired over seeds.
+    """Losses of other arms minus those of an arm, in % of the best progress, paired over seeds.
 
     Attributes:
-        over_none: Than no clipping, as a mean over rates.
-        over_auto: Than `autoclip()` before the optimizer, alike.
-        at_best: Than no clipping, each at its own best rate. The rates of the controls, which are
-            without clipping as well, count among those of no clipping.
-        over_control: Than no clipping at the rate times the mean scale of that very run, as a mean
-            over rates; None if those runs are not there.
+        over_none: The gain over no clipping, as a mean over rates.
+        over_auto: The gain over `autoclip()` before the optimizer, as a mean over rates.
+        at_best: The gain over no clipping, each at its own best rate. The rates of the controls
+            count among those of no clipping, since controls do not clip either.
+        over_control: The gain over no clipping at the rate times the mean scale of the arm's run,
+            as a mean over rates; None if those runs do not exist.
     """
 
     over_none: Interval
@@ -91,7 +92,7 @@ def gain(table: Table, arm: str) -> Gain:
 
 
 def print_gains(title: str, table: Table) -> None:
-    """The loss less that of no clipping at each rate, then the gains."""
+    """Prints the loss minus that of no clipping at each rate, then the gains."""
     outcomes = {name: run for (name, kind), run in table.outcomes.items() if kind == ARM}
     none = outcomes.pop(NONE)
     print(f"\n{title}: bits/char less those of no clipping, {len(table.seeds)} seeds")
@@ -107,13 +108,13 @@ def print_gains(title: str, table: Table) -> None:
 
 
 def shares(outcome: Outcome) -> list[Interval]:
-    """Runs that diverge, steps with a spike and with a cut, in %, and the mean scale."""
+    """The % of runs that diverge, of steps with a spike and of clipped steps; the mean scale."""
     figures = (100 * diverged(outcome), 100 * outcome.spikes, 100 * outcome.clipped, outcome.scale)
     return [interval(figure.mean(axis=0)) for figure in figures]
 
 
 def main(args: list[str] | None = None) -> int:
-    """Trains, prints."""
+    """Trains the arms and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--task", nargs="+", choices=UPDATE_TASKS, default=UPDATE_TASKS, metavar="TASK"

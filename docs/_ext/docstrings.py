@@ -1,10 +1,8 @@
-"""Our docstrings as Sphinx understands them.
+"""A Sphinx extension that converts our docstrings, which are written to be read in a terminal.
 
-They are written to be read in a terminal. Here,
-
-- a single backtick is code, and a link if it is a public name;
-- an indented block after a paragraph is code;
-- each argument gets its type from the annotations, in words, unless that is `Any`.
+- Text in single backticks becomes code, and a link if it is a public name.
+- An indented block after a paragraph becomes a code block.
+- Each argument gets its type from the annotations, in words, unless the type is `Any`.
 """
 
 import collections.abc
@@ -28,7 +26,7 @@ SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Example):$")
 
 
 def public_name(code: str) -> str | None:
-    """The full name of what a piece of code calls or names, if it is public."""
+    """The full name of the public object that a piece of code calls or names, or None."""
     match = NAME.match(code)
     if match is None:
         return None
@@ -58,18 +56,18 @@ def reference(name: str, content: nodes.Node, docname: str) -> addnodes.pending_
 def name_role(
     role: str, rawtext: str, text: str, lineno: int, inliner: Any, *_: Any, **__: Any
 ) -> tuple[list[nodes.Node], list[nodes.system_message]]:
-    """A single backtick: code."""
+    """Renders text in single backticks as code."""
     return [nodes.literal(rawtext, text, classes=["code"])], []
 
 
 class LinkNames(SphinxTransform):
-    """Links code that calls or names something public to its documentation."""
+    """Links code that calls or names a public object to its documentation."""
 
     default_priority = 200
     SKIPPED = nodes.title, nodes.reference, addnodes.pending_xref, addnodes.desc_signature
 
     def apply(self, **_: Any) -> None:
-        """Wraps each such literal, but in headings, in links and where the name is described."""
+        """Wraps each such literal, except in headings, links and the name's own description."""
         for node in list(self.document.findall(nodes.literal)):
             name = public_name(node.astext())
             within = ancestors(node)
@@ -86,7 +84,7 @@ class LinkNames(SphinxTransform):
 
 
 def ancestors(node: nodes.Node) -> list[nodes.Node]:
-    """The nodes that a node is in."""
+    """The ancestors of a node, from its parent upwards."""
     found = []
     while node.parent is not None:
         node = node.parent
@@ -116,7 +114,7 @@ def marked(lines: list[str]) -> list[str]:
 
 
 def hints_of(obj: Any) -> dict[str, Any]:
-    """The annotations of the parameters of a function, or of a class's fields or constructor."""
+    """The annotations of a function's parameters, or of a class's fields and constructor."""
     if inspect.isclass(obj):
         hints = dict(getattr(obj, "__annotations__", {}))
         constructor = obj.__dict__.get("__init__")
@@ -143,13 +141,13 @@ def with_types(lines: list[str], hints: dict[str, Any]) -> list[str]:
 
 
 def in_words(hint: Any) -> str:
-    """A type as a reader says it, as code; nothing for one that says nothing."""
+    """A type in words, formatted as code; empty for an uninformative type such as `Any`."""
     options = alternatives(hint)
     return " or ".join(f"``{option}``" for option in options) if all(options) else ""
 
 
 def alternatives(hint: Any) -> list[str]:
-    """The names of the types that a hint allows; an empty one for those that say nothing."""
+    """The names of the types that a hint allows, with an empty name for `Any`."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         names = [name for option in typing.get_args(hint) for name in alternatives(option)]
         return list(dict.fromkeys(names))
@@ -180,6 +178,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Registers the extension."""
     app.add_role("name", name_role)
     app.add_transform(LinkNames)
-    # Before napoleon, which reads the sections.
+    # This must run before napoleon, which reads the sections.
     app.connect("autodoc-process-docstring", prepare, priority=400)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,11 +1,11 @@
-"""Links from a page to a file of the repository lead to a page that shows the file.
+"""A Sphinx extension that makes pages for linked files of the repository.
 
-The pages in docs/ link tests and programs as GitHub understands it, by their path and with the name
-of a function as the fragment:
+The pages in docs/ link tests and programs in GitHub's form, by path, with the name of a function as
+the fragment:
 
     [test](../tests/test_cost.py#test_an_update_does_not_sort_nor_leave_the_device)
 
-In the site, each such file becomes a page of its own, with an anchor at each function.
+In the site, each linked file gets its own page, with an anchor at each function.
 """
 
 import ast
@@ -24,7 +24,7 @@ LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
 
 
 def mark_links(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Gives links to files outside of docs/ a scheme of their own."""
+    """Marks links to files outside of docs/ with our own URL scheme."""
     docs = Path(app.srcdir)
     folder = docs / Path(docname).parent
 
@@ -57,7 +57,7 @@ def page_of(path: str) -> str:
 
 
 def show_files(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """The pages of all files that are linked."""
+    """Yields the pages of all linked files."""
     linked = app.env.__dict__.get("repository_files", {})
     for path in sorted(set().union(*linked.values())):
         text = (ROOT / path).read_text()

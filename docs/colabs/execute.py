@@ -1,10 +1,10 @@
-"""Executes the notebooks from top to bottom, and keeps what they print and plot.
+"""Executes the notebooks from top to bottom, and stores their printed output and plots.
 
     python colabs/execute.py                      all of them, in place
     python colabs/execute.py 1_quickstart         one
     python colabs/execute.py --check              in a copy: fails if one raises or lacks outputs
 
-Each runs on the CPU, in a folder of its own and with the installed package, as its users run it.
+Each notebook runs on the CPU, in its own folder and with the installed package, as users run it.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import nbformat
 from nbclient import NotebookClient
 
 COLABS = Path(__file__).parent
-# What a user's kernel would not have, and what makes the outputs those of a CPU.
+# Variables that a user's kernel would not have, and the setting that selects the CPU.
 UNSET = ("MPLBACKEND", "XLA_FLAGS", "PYTHONPATH")
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}
 METADATA = {
@@ -28,7 +28,7 @@ METADATA = {
 
 
 def execute(notebook: nbformat.NotebookNode) -> list[str]:
-    """Runs all cells and returns what they wrote to stderr, which is not kept."""
+    """Runs all cells and returns their stderr output, which is not stored."""
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
             notebook,
@@ -45,7 +45,7 @@ def execute(notebook: nbformat.NotebookNode) -> list[str]:
         if cell.cell_type == "code":
             errors += [output.text for output in cell.outputs if output.get("name") == "stderr"]
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-            # A picture needs no description of its object, with an address in it, beside it.
+            # Beside a picture is the repr of its object, which contains a memory address.
             for output in cell.outputs:
                 if "image/png" in output.get("data", {}):
                     output.data = {"image/png": output.data["image/png"]}
@@ -53,7 +53,7 @@ def execute(notebook: nbformat.NotebookNode) -> list[str]:
 
 
 def kinds_of_output(notebook: nbformat.NotebookNode) -> list[list[str]]:
-    """Which cells print, and which plot."""
+    """The kinds of output of each code cell: printed text, pictures, and so on."""
     return [
         sorted(
             {kind for output in cell.outputs for kind in output.get("data", [output.get("name")])}
@@ -64,7 +64,7 @@ def kinds_of_output(notebook: nbformat.NotebookNode) -> list[list[str]]:
 
 
 def main() -> None:
-    """Executes what the arguments name."""
+    """Executes the notebooks that the arguments name."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", help="notebooks, all by default")
     parser.add_argument("--check", action="store_true", help="leave the files as they are")
@@ -72,7 +72,7 @@ def main() -> None:
     for name in UNSET:
         os.environ.pop(name, None)
     os.environ.update(ENVIRONMENT)
-    # The kernel's Python is that of this program, and so is what it starts.
+    # The kernel, and programs that it starts, use the Python that runs this program.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     paths = [COLABS / f"{Path(name).stem}.ipynb" for name in arguments.names]
     failed = []

@@ -1,7 +1,8 @@
-"""The mutants of a module: its text with one small mistake each, made by cosmic-ray's operators.
+"""Makes the mutants of a module with cosmic-ray's operators: one small mistake in each.
 
-Why cosmic-ray, and a runner of our own: mutmut leaves decorated functions as they are, which are
-many of ours, and runs its mutants in forks of a process that has compiled the original already.
+We use cosmic-ray with our own runner rather than mutmut. Mutmut does not mutate decorated
+functions, which are many of ours, and runs mutants in forks of a process that has already compiled
+the original.
 """
 
 import ast
@@ -13,7 +14,7 @@ from cosmic_ray.mutating import mutate_code
 from cosmic_ray.operators.operator import Operator
 from cosmic_ray.operators.provider import OperatorProvider
 
-# One or two replacements for each operator: others die by the same tests.
+# One or two replacements for each operator suffice: others fail the same tests.
 _BINARY = "Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_Mul Mod_Mul Pow_Mul LShift_RShift RShift_LShift"
 _BINARY += " BitOr_BitAnd BitAnd_BitOr"
 _COMPARISONS = "Lt_LtE Lt_GtE LtE_Lt LtE_Gt Gt_GtE Gt_LtE GtE_Gt GtE_Lt Eq_NotEq NotEq_Eq"
@@ -50,7 +51,7 @@ class _OwnOperator(Operator):
 
 
 class ReplaceNumber(_OwnOperator):
-    """An integer that is larger by one; another number, twice as large."""
+    """Adds one to an integer, and doubles other numbers."""
 
     def mutation_positions(self, node):
         if node.type == "number":
@@ -64,7 +65,7 @@ class ReplaceNumber(_OwnOperator):
 
 
 class ReplaceFunction(_OwnOperator):
-    """Calls the opposite of a function, which is what a comparison is in code of arrays."""
+    """Calls the opposite function, the counterpart in array code of a reversed comparison."""
 
     def mutation_positions(self, node):
         if node.type == "name" and node.value in _OPPOSITES:
@@ -79,7 +80,7 @@ class ReplaceFunction(_OwnOperator):
 
 
 class SwapBranches(_OwnOperator):
-    """Swaps what is chosen where a condition holds with what is chosen where it does not."""
+    """Swaps the two branches of a condition on arrays."""
 
     def mutation_positions(self, node):
         if node.type == "arglist" and len(node.children) >= 5:
@@ -94,14 +95,14 @@ class SwapBranches(_OwnOperator):
 
 
 def operators() -> dict[str, Operator]:
-    """Every operator by name."""
+    """All operators, by name."""
     provider = OperatorProvider()
     own = (ReplaceNumber, ReplaceFunction, SwapBranches)
     return {name: provider[name]() for name in _OPERATORS} | {op.__name__: op() for op in own}
 
 
 class Mutant(NamedTuple):
-    """One mistake. `before` and `after` are the line that it is in, which may move."""
+    """One mistake. `before` and `after` are the text of its line, whose number may change."""
 
     path: str
     line: int
@@ -111,12 +112,12 @@ class Mutant(NamedTuple):
     occurrence: int
 
     def mutate(self, source: str) -> str:
-        """The module with the mistake."""
+        """Returns the source of the module with the mistake."""
         return mutate_code(source, operators()[self.operator], self.occurrence)
 
 
 def find_mutants(path: str, source: str) -> Iterator[Mutant]:
-    """The mutants of a module, less those that cannot matter."""
+    """Yields the mutants of a module, except those that cannot change its behaviour."""
     skipped = list(_skipped(ast.parse(source)))
     original = ast.dump(ast.parse(source))
     nodes = list(ast_nodes(get_ast(source)))
@@ -129,14 +130,14 @@ def find_mutants(path: str, source: str) -> Iterator[Mutant]:
             try:
                 same = ast.dump(ast.parse(mutated)) == original
             except SyntaxError:
-                continue  # an asterisk may stand for keyword arguments
+                continue  # The mutated asterisk may have marked keyword arguments.
             if not same:
                 line, before, after = _difference(source, mutated)
                 yield Mutant(path, line, name, before, after, occurrence)
 
 
 def _difference(source: str, mutated: str) -> tuple[int, str, str]:
-    """Where two texts begin to differ; what is left out has no line afterwards."""
+    """The number and both versions of the first line that differs; a removed line is empty."""
     old, new = source.splitlines(), mutated.splitlines()
     line = next(i for i, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1])
     after = new[line] if len(new) == len(old) else ""
@@ -144,7 +145,7 @@ def _difference(source: str, mutated: str) -> tuple[int, str, str]:
 
 
 def _skipped(tree: ast.Module) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Annotations, errors, and `strict=` of zip, which only says what is true anyway."""
+    """Yields the ranges of annotations, `raise` statements and zip's `strict=`, a mere check."""
     for node in ast.walk(tree):
         parts: list[ast.AST | None] = []
         if isinstance(node, ast.FunctionDef):
@@ -157,9 +158,9 @@ def _skipped(tree: ast.Module) -> Iterator[tuple[tuple[int, int], tuple[int, int
                 args.kwarg,
             ]
             parts = [node.returns, *(arg.annotation for arg in every if arg)]
-            # For type checkers.
+            # Decorators for type checkers.
             parts += [part for part in node.decorator_list if "transform" in ast.dump(part)]
-            # The asterisk before arguments that have to be named, which may become a slash.
+            # The asterisk before keyword-only arguments, which may become a slash.
             if args.kwonlyargs and args.args:
                 last, first = (args.defaults or args.args)[-1], args.kwonlyargs[0]
                 yield (last.end_lineno, last.end_col_offset), (first.lineno, first.col_offset)
@@ -172,7 +173,7 @@ def _skipped(tree: ast.Module) -> Iterator[tuple[tuple[int, int], tuple[int, int
         elif isinstance(node, ast.Module):
             parts = [x for x in node.body if isinstance(x, ast.Assign) and _is_union(x.value)]
         for part in filter(None, parts):
-            # A decorator begins at its @.
+            # The range of a decorator includes its @.
             yield (
                 (part.lineno, part.col_offset - 1),
                 (part.end_lineno, part.end_col_offset),

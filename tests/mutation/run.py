@@ -1,14 +1,14 @@
-"""Mutation testing: which small mistakes in the library would the tests not notice?
+"""Mutation testing: finds small mistakes in the library that the tests would not notice.
 
-Each mutant is written into a copy of the tree, in which the tests that judge its module run until
-one fails. `survivors.toml` says of each mutant that none of them kills why it may live.
+Each mutant is written into a copy of the tree, where the tests of its module run until one fails.
+`survivors.toml` gives the reason why a mutant that passes all of them is acceptable.
 
     python tests/mutation/run.py --modules norms scaling --workers 2
     python tests/mutation/run.py --resume           # without those that the last run has killed
 
-A worker is forked for each mutant from a process that has imported JAX, but neither compiled
-anything nor imported the library. What the tests compile of the library as it is, they find on
-disk; what a mistake changes is compiled anew.
+A worker is forked for each mutant from a process that has imported JAX, but has neither compiled
+anything nor imported the library. Programs that a mutant does not change are loaded from a cache on
+disk; only the changed ones are compiled again.
 """
 
 import argparse
@@ -39,7 +39,7 @@ ROOT = HERE.parents[1]
 PACKAGE = "optax_smartclip"
 TARGET = 0.9
 
-# Each is judged by the test file of its name, but for those that have none.
+# A module is judged by the test file of the same name, unless it is in OTHER_TESTS.
 MODULES = {
     "histories": "geometric_quantile log_histogram moments ranks ring_buffer",
     "clippers": (
@@ -68,10 +68,10 @@ OTHER_TESTS = {
 
 
 def tests_of(path: str) -> list[str]:
-    """The test files that judge a module, the one of its name first."""
+    """The test files that judge a module; the one of the same name comes first."""
     folder, name = path.removesuffix(".py").split("/")
     own = OTHER_TESTS.get(name, [f"{folder}/test_{name}.py"])
-    # Defaults and the ranges of arguments are checked for all factories in one place.
+    # One file checks the defaults and the ranges of arguments of all factories.
     has_arguments = folder in ("clippers", "histories") or name == "rule"
     shared = ["engine/test_checks.py"] if has_arguments else []
     return [f"tests/{file}" for file in [*own, *shared]]
@@ -96,9 +96,10 @@ MAX_WAIT = 3600.0
 
 
 class Judge:
-    """A pytest plugin: few examples, compiled programs from disk, and an end at the first failure.
+    """A pytest plugin that uses few examples and compiled programs from disk.
 
-    Without a mutant, what is compiled is kept and every test is run.
+    With a mutant, it stops at the first failure. Without one, it runs every test and stores the
+    compiled programs.
     """
 
     def __init__(self, root: str, compiled: str, is_mutant: bool, verdict: Any) -> None:
@@ -114,7 +115,7 @@ class Judge:
         )
         hypothesis.settings.load_profile("mutation")
         jax.config.update("jax_compilation_cache_dir", self.compiled)
-        least = 1e9 if self.is_mutant else 0.0  # What a mutant compiles, no other will need.
+        least = 1e9 if self.is_mutant else 0.0  # No other run needs the programs of a mutant.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
@@ -135,13 +136,13 @@ def judge(
 ) -> None:
     """Runs tests in a copy of the tree.
 
-    Sends whether they pass, which failed if not, and the processor's seconds.
+    Sends whether they pass, which one failed if not, and the CPU seconds.
     """
     import pytest
 
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY, MAX_MEMORY))
     if max_seconds is not None:
-        # Of the processor, so that a busy machine lets no mutant look dead.
+        # CPU time, so that a mutant does not look killed on a busy machine.
         resource.setrlimit(resource.RLIMIT_CPU, (max_seconds, max_seconds))
     with open(Path(root, "output.txt"), "w") as output:
         os.dup2(output.fileno(), 1)
@@ -164,7 +165,7 @@ def judge(
 
 
 def run_tests(context: Any, *args: Any) -> tuple[bool, str, float]:
-    """What `judge` sends; if it dies or hangs instead, the tests have failed."""
+    """Returns the verdict of `judge`; if its process dies or hangs, the tests have failed."""
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=judge, args=(*args, sender))
     process.start()
@@ -180,7 +181,7 @@ def run_tests(context: Any, *args: Any) -> tuple[bool, str, float]:
 
 
 def copy_tree(target: Path) -> None:
-    """The working tree as it is, without what git ignores."""
+    """Copies the working tree, without files that git ignores."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode()
     for name in filter(None, names.split("\0")):
@@ -190,7 +191,7 @@ def copy_tree(target: Path) -> None:
 
 
 def run_mutants(mutants: Sequence[Mutant], workers: int, compiled: str, done: Any) -> None:
-    """Calls `done(mutant, passed, killer, seconds)` for each."""
+    """Runs the mutants, and calls `done(mutant, passed, killer, seconds)` for each."""
     os.environ.update(ENVIRONMENT)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -218,7 +219,7 @@ def run_mutants(mutants: Sequence[Mutant], workers: int, compiled: str, done: An
             target = copy / PACKAGE / mutant.path
             source = target.read_text()
             target.write_text(mutant.mutate(source))
-            # Or Python might take it for the mutant before, which was as long.
+            # Otherwise Python might reuse the bytecode of the last mutant, if it is as long.
             os.utime(target, (next(ages), next(ages)))
             done(mutant, *run_tests(context, str(copy), files, compiled, max_seconds))
             target.write_text(source)
@@ -231,7 +232,7 @@ def run_mutants(mutants: Sequence[Mutant], workers: int, compiled: str, done: An
 
 
 def report(results: Iterable[dict[str, Any]]) -> bool:
-    """Prints the table and the survivors; returns whether there are few, each with a reason."""
+    """Prints the table and the survivors; returns whether they are few and all have a reason."""
     total, killed = Counter[str](), Counter[str]()
     known = tomllib.loads((HERE / "survivors.toml").read_text()).get("survivors", [])
     reasons = {tuple(key): group["reason"] for group in known for key in group["mutants"]}
@@ -258,7 +259,7 @@ def report(results: Iterable[dict[str, Any]]) -> bool:
 
 
 def main() -> None:
-    """Runs what is asked for; exit status 1 if too many survive, or any without a reason."""
+    """Runs the chosen mutants; exits with 1 if too many survive, or any without a reason."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--modules", nargs="+", choices=PATHS, default=list(PATHS))
     parser.add_argument("--workers", type=int, default=2)

@@ -1,7 +1,7 @@
 """The tasks of the study, by name: `TASKS[name]()` makes one.
 
-Each is small enough to be trained a thousand times on two cores. Its data is generated, or ships
-in a package.
+Each is small enough to be trained a thousand times on two cores. Its data is generated or ships
+with a package.
 """
 
 from collections.abc import Callable

@@ -22,7 +22,7 @@ MAX_POSITION, MAX_ANGLE = 2.4, 0.2095
 
 
 def push(states: States, actions: Int[Array, " carts"]) -> States:
-    """One step of Euler's method: position, speed, angle, angular speed."""
+    """Advances position, speed, angle and angular speed by one step of Euler's method."""
     _, speed, angle, turning = states.T
     sine, cosine = jnp.sin(angle), jnp.cos(angle)
     mass = CART_MASS + POLE_MASS
@@ -41,7 +41,7 @@ def is_up(states: States) -> Bool[Array, " carts"]:
 def roll_out(
     params: PyTree, key: Key[Array, ""], count: int
 ) -> tuple[Float[Array, "steps carts"], Bool[Array, "steps carts"]]:
-    """Log-probabilities of the actions that were drawn, and whether the pole was up before."""
+    """Returns the log-probabilities of the drawn actions, and whether the pole was up before."""
     start, actions = jax.random.split(key)
     states = jax.random.uniform(start, (count, 4), minval=-0.05, maxval=0.05)
 
@@ -52,7 +52,7 @@ def roll_out(
         logits = jax.nn.log_softmax(mlp(params, states))
         action = jax.random.categorical(key, logits)
         chosen = jnp.take_along_axis(logits, action[:, None], axis=1)[:, 0]
-        # A cart that has failed stands still, or its numbers would grow without end.
+        # A cart that has failed stands still. Otherwise its state would grow without bound.
         states = jnp.where(up[:, None], push(states, action), states)
         return (states, up & is_up(states)), (chosen, up)
 
@@ -62,7 +62,7 @@ def roll_out(
 
 
 def reinforce_loss(params: PyTree, key: Key[Array, ""]) -> Float[Array, ""]:
-    """REINFORCE (Williams, 1992), with the mean over carts as the baseline."""
+    """The loss of REINFORCE (Williams, 1992), with the mean over carts as the baseline."""
     chosen, up = roll_out(params, key, NUM_CARTS)
     to_go = jnp.cumsum(jnp.float32(up)[::-1], axis=0)[::-1]
     advantages = jnp.where(up, to_go - to_go.mean(axis=1, keepdims=True), 0.0)
@@ -70,7 +70,7 @@ def reinforce_loss(params: PyTree, key: Key[Array, ""]) -> Float[Array, ""]:
 
 
 def cartpole(title: str) -> Task:
-    """A policy that is to keep the pole up for 256 steps."""
+    """Trains a policy to keep the pole up for 256 steps."""
     held_out_key = jax.random.key(-1)
 
     def share_of_steps_down(params: PyTree) -> Float[Array, ""]:

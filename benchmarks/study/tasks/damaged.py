@@ -15,7 +15,7 @@ from study.training import Task, as_it_is
 PyTree = Any
 
 RATE_OF_DAMAGE = damaged_text.DAMAGED
-# Of the features of a batch that was not divided by 255.
+# The factor of the features of a batch that was not divided by 255.
 FACTOR = 255.0
 NUM_BAD_EXAMPLES = 4
 FACTOR_OF_LAYER = 1000.0
@@ -24,12 +24,13 @@ BATCH, LAYER, EXAMPLES = "batch", "layer", "examples"
 
 
 def damaged(title: str, kind: str) -> Task:
-    """A network of two hidden layers under AdamW. In 2 % of the steps, something is wrong.
+    """A network of two hidden layers, trained by AdamW, with damage in 2 % of the steps.
 
     Args:
-        title: What it is, in a picture.
-        kind: `BATCH`, the features of all examples are 255 times too large; `EXAMPLES`, those of
-            4 in 128; `LAYER`, the gradient of the second layer is 1,000 times too large.
+        title: The title in a picture.
+        kind: The damage. `BATCH`: the features of all examples are 255 times too large;
+            `EXAMPLES`: those of 4 in 128; `LAYER`: the gradient of the second layer is 1,000 times
+            too large.
     """
     corpus = damaged_text.load_corpus()
     text = jnp.asarray(corpus.train)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
-from sklearn import datasets
 from study.tasks.layers import cross_entropy, dense, dense_init, normalize
 from study.training import Optimizer, Task
 
@@ -21,7 +20,10 @@ HIDDEN = 64
 
 
 def load_digits() -> tuple[Images, Labels]:
-    """All images, in an order that mixes the writers, with pixels of mean 0 and variance 1."""
+    """Loads all images in an order that mixes the writers; pixels have mean 0 and variance 1."""
+    # Slow to import, and the other tasks do not need it.
+    from sklearn import datasets
+
     images, labels = datasets.load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(images))
     images = (images - images.mean()) / images.std()
@@ -29,9 +31,9 @@ def load_digits() -> tuple[Images, Labels]:
 
 
 def patches(x: Float[Array, "batch height width channels"]) -> Array:
-    """The 3 by 3 neighbourhood of every second pixel: with it, a convolution is a product.
+    """The 3 by 3 neighbourhood of every second pixel, which turns a convolution into a product.
 
-    XLA's CPU compiler is slow at convolutions whose weights differ from one run to another.
+    XLA's CPU compiler is slow at convolutions whose weights differ between runs.
     """
     height, width = x.shape[1:3]
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -40,7 +42,7 @@ def patches(x: Float[Array, "batch height width channels"]) -> Array:
 
 
 def conv_init(key: Key[Array, ""]) -> PyTree:
-    """Two convolutions of stride 2 and a linear head; nothing is normalised."""
+    """Draws two convolutions of stride 2 and a linear head, without normalization."""
     first, second, head = jax.random.split(key, 3)
     return {
         "conv0": dense_init(first, 9, CHANNELS[0]),
@@ -58,7 +60,7 @@ def conv(params: PyTree, images: Images) -> Float[Array, "batch classes"]:
 
 
 def normalized_init(key: Key[Array, ""]) -> PyTree:
-    """Two hidden layers."""
+    """Draws two hidden layers and a linear head."""
     first, second, head = jax.random.split(key, 3)
     return {
         "layer0": dense_init(first, 64, HIDDEN),
@@ -68,7 +70,7 @@ def normalized_init(key: Key[Array, ""]) -> PyTree:
 
 
 def normalized(params: PyTree, images: Images) -> Float[Array, "batch classes"]:
-    """Logits; each layer's output is normalised, so that the length of its weights says nothing."""
+    """Logits. Each layer's output is normalized, so the scale of its weights has no effect."""
     x = images.reshape(len(images), -1)
     for name in ("layer0", "layer1"):
         x = jax.nn.relu(normalize(dense(params[name], x)))
@@ -84,7 +86,7 @@ def digits(
     steps: int,
     model: Any = (conv_init, conv),
 ) -> Task:
-    """Classifies digits; a quarter of them is held out."""
+    """Classifies digits; a quarter of the images is held out."""
     images, labels = load_digits()
     init, apply = model
 
@@ -105,7 +107,10 @@ def digits(
 
 
 def normalized_with_decay(title: str) -> Task:
-    """Weight decay, a cosine schedule and normalised layers: norms rise as the rate falls."""
+    """Classifies digits with normalized layers, weight decay and a cosine schedule.
+
+    The norms of gradients rise as the rate falls.
+    """
     return digits(
         title,
         lambda schedule: optax.chain(

@@ -1,4 +1,4 @@
-"""What the small models of the study are made of."""
+"""The layers of the study's small models."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ PyTree = Any
 def dense_init(
     key: Key[Array, ""], inputs: int, outputs: int, gain: float = 2.0
 ) -> dict[str, Float[Array, "..."]]:
-    """Normal weights of variance `gain / inputs`, and a bias of zero."""
+    """Draws normal weights of variance `gain / inputs`; the bias is zero."""
     kernel = jax.random.normal(key, (inputs, outputs)) * (gain / inputs) ** 0.5
     return {"kernel": kernel, "bias": jnp.zeros(outputs)}
 
@@ -21,12 +21,12 @@ def dense_init(
 def dense(
     params: dict[str, Float[Array, "..."]], x: Float[Array, "*batch inputs"]
 ) -> Float[Array, "*batch outputs"]:
-    """A linear layer."""
+    """Applies a linear layer."""
     return x @ params["kernel"] + params["bias"]
 
 
 def mlp_init(key: Key[Array, ""], *sizes: int) -> dict[str, PyTree]:
-    """Linear layers of these sizes, the last one small."""
+    """Draws linear layers of these sizes; the last one has half the variance."""
     keys = jax.random.split(key, len(sizes) - 1)
     gains = [2.0] * (len(sizes) - 2) + [1.0]
     layers = zip(keys, sizes, sizes[1:], gains, strict=False)
@@ -34,7 +34,7 @@ def mlp_init(key: Key[Array, ""], *sizes: int) -> dict[str, PyTree]:
 
 
 def mlp(params: dict[str, PyTree], x: Float[Array, "*batch inputs"]) -> Array:
-    """ReLU between linear layers."""
+    """Applies linear layers with ReLU between them."""
     first, *others = params.values()
     x = dense(first, x)
     for layer in others:
@@ -43,7 +43,7 @@ def mlp(params: dict[str, PyTree], x: Float[Array, "*batch inputs"]) -> Array:
 
 
 def normalize(x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-    """Layer normalisation without parameters."""
+    """Applies layer normalization without parameters."""
     x = x - x.mean(-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
 

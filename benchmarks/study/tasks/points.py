@@ -1,4 +1,4 @@
-"""Data that is drawn: regression with noise of heavy tails, and a diffusion model of points."""
+"""Tasks on generated data: regression with heavy-tailed noise, and a diffusion model of points."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ NUM_HELD_OUT = 2048
 
 
 def regression(title: str) -> Task:
-    """Linear regression by SGD. The noise has no variance, and the optimum, all ones, is known."""
+    """Linear regression by SGD. The variance of the noise is infinite; the optimum is all ones."""
 
     def batch(key: Key[Array, ""]) -> tuple[Array, Array]:
         inputs, noise = jax.random.split(key)
@@ -45,7 +45,7 @@ def regression(title: str) -> Task:
 
 
 def draw_spiral(key: Key[Array, ""], count: int) -> Points:
-    """Points near two spirals."""
+    """Draws points near two spirals."""
     angle, arm, noise = jax.random.split(key, 3)
     turn = 3 * jnp.pi * jnp.sqrt(jax.random.uniform(angle, (count, 1)))
     sign = jnp.where(jax.random.bernoulli(arm, 0.5, (count, 1)), 1.0, -1.0)

@@ -1,4 +1,4 @@
-"""Characters of the documentation that ships with Python: an RNN and a transformer."""
+"""Language models of the documentation that ships with Python: an RNN and a transformer."""
 
 from typing import Any
 
@@ -25,13 +25,13 @@ BATCH = 8
 def draw_windows(
     text: Int[Array, " characters"], key: Key[Array, ""], batch: int, length: int
 ) -> Int[Array, "batch characters"]:
-    """Random pieces of the text, of `length + 1` characters."""
+    """Draws random windows of `length + 1` characters from the text."""
     starts = jax.random.randint(key, (batch,), 0, len(text) - length)
     return text[starts[:, None] + jnp.arange(length + 1)]
 
 
 def rnn(title: str, optimizer: Optimizer, rates: tuple[float, ...]) -> Task:
-    """The model of the demo, a recurrent network with ReLU units over 128 characters."""
+    """The demo's model: a recurrent network with ReLU units over 128 characters."""
     corpus = train_text.load_corpus()
     text, held_out = jnp.asarray(corpus.train), jnp.asarray(corpus.held_out)
     graph = nnx.graphdef(train_text.CharacterRNN(corpus.num_characters, nnx.Rngs(0)))
@@ -56,7 +56,7 @@ def rnn(title: str, optimizer: Optimizer, rates: tuple[float, ...]) -> Task:
 
 
 def transformer_init(key: Key[Array, ""], num_characters: int) -> PyTree:
-    """A decoder with learnt positions and normalisation before each block, but none of q and k."""
+    """Draws a decoder with learned positions and a norm before each block, but not of q and k."""
     embed, positions, *keys = jax.random.split(key, 3 + 4 * LAYERS)
     layers = {}
     for number in range(LAYERS):
@@ -76,7 +76,7 @@ def transformer_init(key: Key[Array, ""], num_characters: int) -> PyTree:
 
 
 def attend(params: PyTree, x: Float[Array, "*batch time width"]) -> Array:
-    """Causal attention."""
+    """Applies causal attention."""
     qkv = dense(params["qkv"], x).reshape(*x.shape[:-1], 3, HEADS, WIDTH // HEADS)
     q, k, v = (qkv[..., number, :, :] for number in range(3))
     scores = jnp.einsum("...qhd,...khd->...hqk", q, k) * (WIDTH // HEADS) ** -0.5
