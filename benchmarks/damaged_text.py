@@ -31,7 +31,7 @@ RARE = 20
 
 DAMAGED = 0.02
 BURST = 8
-CLEAN, GARBAGE, NOT_NORMALISED = range(3)
+CLEAN, GARBAGE, NOT_NORMALIZED = range(3)
 
 # Wraps an optimizer in a clipper of its gradients or a guard that drops its steps.
 Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
@@ -97,7 +97,7 @@ def load_task(seeds: int, steps: int, *, damaged: bool = True) -> Task:
             hit = generator.random(steps) < DAMAGED
             burst = generator.integers(steps // 2, 3 * steps // 4)
             hit[burst : burst + BURST] = True
-            kinds[hit] = generator.integers(GARBAGE, NOT_NORMALISED + 1, hit.sum())
+            kinds[hit] = generator.integers(GARBAGE, NOT_NORMALIZED + 1, hit.sum())
             garbage = kinds == GARBAGE
             windows[garbage] = generator.integers(
                 corpus.num_characters, size=windows[garbage].shape
@@ -142,7 +142,7 @@ def train(wrap: Wrap, task: Task, learning_rate: float) -> Run:
     def step(carry, batch):
         params, state = carry
         windows, kind = batch
-        scale = jnp.where(kind == NOT_NORMALISED, 255.0, 1.0)
+        scale = jnp.where(kind == NOT_NORMALIZED, 255.0, 1.0)
         loss, grads = jax.value_and_grad(bits_per_character)(params, windows, scale)
         updates, state = tx.update(grads, state, params, value=loss)
         return (optax.apply_updates(params, updates), state), optax.tree.norm(grads)

@@ -17,7 +17,7 @@ DISTRIBUTION = "optax-smartclip"
 
 
 def requirements(distribution):
-    """The names that a distribution needs without extras, normalised."""
+    """The names that a distribution needs without extras, normalized."""
     return {
         re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", line)[0]).lower()
         for line in importlib.metadata.requires(distribution) or []

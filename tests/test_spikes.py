@@ -187,12 +187,12 @@ def test_damaged_batches_are_the_undamaged_ones_but_for_the_garbage(damaged):
         assert np.max(np.convolve(kinds > 0, np.ones(damaged_text.BURST))) == damaged_text.BURST
 
 
-def test_features_that_are_not_normalised_give_large_gradients_and_ruin_training(damaged):
+def test_features_that_are_not_normalized_give_large_gradients_and_ruin_training(damaged):
     clean = damaged_text.load_task(2, 60, damaged=False)
     ruined, spared = (damaged_text.train(compat.lenient, task, 1e-2) for task in (damaged, clean))
     median = np.median(spared.norms)
     assert spared.norms.max() < 20 * median
-    assert ruined.norms[damaged.kinds == damaged_text.NOT_NORMALISED].min() > 50 * median
+    assert ruined.norms[damaged.kinds == damaged_text.NOT_NORMALIZED].min() > 50 * median
     assert np.all(ruined.held_out > spared.held_out + 0.3)
     assert np.all(spared.held_out < 6)
 

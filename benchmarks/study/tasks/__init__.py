@@ -46,5 +46,5 @@ TASKS: dict[str, Callable[[], Task]] = {
     "damaged-examples": lambda: damaged.damaged("damaged examples", damaged.EXAMPLES),
     "policy": lambda: cartpole.cartpole("policy gradient"),
     "diffusion": lambda: points.diffusion("diffusion, long run"),
-    "normalized": lambda: digits.normalized_with_decay("normalised, weight decay"),
+    "normalized": lambda: digits.normalized_with_decay("normalized, weight decay"),
 }
