@@ -14,14 +14,14 @@ for norms taken from another model. `agc()` has weights of norm 200 per unit in 
 clips at 2, and those of the network in training. A step that `skip_spikes` drops counts as clipped
 to 0.
 
-The mark of training is a final loss at most 1 % above that of `clip_by_global_norm` at its best.
-"Rest kept" does not have a mark: it is the mean scale of the seven other layers when one layer
-spikes (S11).
+The mark of training is a loss at most 1 % above that of `clip_by_global_norm` at its best. "Rest
+kept" has no mark: it is the mean scale of the seven other layers when one layer spikes (S11).
 """
 
 import argparse
 import json
 import platform
+import sys
 import textwrap
 import time
 from collections.abc import Iterable
@@ -38,11 +38,14 @@ from damaged_text import Wrap
 
 import optax_smartclip as smartclip
 
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
+from clipper_table import SPIKES, rows_of
+
 # The rate from 0.001 to 0.03 at which the runs with fixed clipping end best.
 LEARNING_RATE = 1e-2
 GRID = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 FIXED_IN_STREAMS = 3.0
-# The final loss may exceed that of fixed clipping at its best by this share.
+# The loss of a clipper may exceed that of the best fixed norm by this share.
 MARK_OF_LOSS = 0.01
 BEST = "clip_by_global_norm(best)"
 FIXED = {BEST: 1.0, "clip_by_global_norm(best / 10)": 0.1, "clip_by_global_norm(100 best)": 100.0}
@@ -59,36 +62,15 @@ def before(clipper: optax.GradientTransformation) -> Wrap:
 
 
 CLIPPERS: dict[str, Wrap] = {
-    OURS: before(smartclip.autoclip()),
-    "autoclip(scope='per_layer')": before(smartclip.autoclip(scope="per_layer")),
+    **{row.label: before(row.factory()) for row in rows_of(SPIKES).values()},
+    "skip_spikes(tx)": smartclip.skip_spikes,
     "skip_spikes(chain(autoclip(), tx))": lambda optimizer: smartclip.skip_spikes(
         optax.chain(smartclip.autoclip(), optimizer)
     ),
-    "zscore_clip()": before(smartclip.zscore_clip()),
-    "skip_spikes(tx)": smartclip.skip_spikes,
-    "autoclip(10)": before(smartclip.autoclip(10.0)),
-    "autoclip(10, log_histogram)": before(
-        smartclip.autoclip(10.0, history=smartclip.log_histogram())
-    ),
-    "autoclip(90)": before(smartclip.autoclip(90.0)),
-    "autoclip(95, geometric_quantile)": before(
-        smartclip.autoclip(95.0, history=smartclip.geometric_quantile())
-    ),
-    "zclip()": before(smartclip.zclip()),
-    "zclip(max_norm=None)": before(smartclip.zclip(max_norm=None)),
-    "zclip(max_norm=None, record_limit=3)": before(
-        smartclip.zclip(max_norm=None, record_limit=3.0)
-    ),
-    "adagc()": before(smartclip.adagc()),
-    "adagc(absolute_clip=None)": before(smartclip.adagc(absolute_clip=None)),
-    "adagc(absolute_clip=None, record_limit=3)": before(
-        smartclip.adagc(absolute_clip=None, record_limit=3.0)
-    ),
-    "agc()": before(smartclip.agc()),
     NONE: lambda optimizer: optimizer,
 }
 
-# How a figure is written where there is little room.
+# How the picture abbreviates a figure.
 SHORT = {
     "clip %": "{} %",
     "extra clip %": "+{} %",
@@ -122,7 +104,7 @@ STREAMS = {
 
 
 class Difference(NamedTuple):
-    """The mean difference of two clippers over seeds, and its standard error."""
+    """The difference of two clippers, seed by seed: the mean and its standard error."""
 
     mean: float
     error: float
@@ -145,7 +127,7 @@ def run_streams(wraps: dict[str, Wrap], names: Iterable[str] = STREAMS) -> Strea
 
     # The row without clipping comes last, below the fixed norms.
     labels = sorted([*wraps, *FIXED], key=NONE.__eq__)
-    # One thread compiles while the other runs.
+    # A clipper compiles while another one runs.
     with ThreadPoolExecutor(WORKERS) as pool:
         return dict(zip(labels, pool.map(run, labels), strict=True))
 
@@ -154,10 +136,10 @@ class Training(NamedTuple):
     """The held-out losses of the training runs in bits per character, [seeds].
 
     Attributes:
-        losses: Losses by clipper.
-        grid: Losses of `clip_by_global_norm` by norm.
+        losses: The losses of each clipper.
+        grid: The losses of `clip_by_global_norm`, by norm.
         best: The norm of the grid that ended with the lowest loss.
-        undamaged: Losses without clipping, on the same batches without damage.
+        undamaged: The losses without clipping, on the same batches before they were damaged.
     """
 
     losses: dict[str, np.ndarray]
@@ -246,7 +228,7 @@ def short(result: streams.Result) -> str:
 
 
 def excess_of_loss(training: Training, label: str) -> float:
-    """The loss above that of fixed clipping at its best, in units of the mark."""
+    """How far the loss is above that of the best fixed norm, in units of the mark."""
     gap = training.compare(label, BEST).mean
     excess = gap / (MARK_OF_LOSS * training.losses[BEST].mean())
     return max(0.0, excess) if np.isfinite(excess) else np.inf

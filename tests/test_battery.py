@@ -1,9 +1,11 @@
-"""What every clipper does for every wrapper and training loop, over the table of all of them.
+"""The contract that every clipper keeps for wrappers and training loops.
 
-The contract that Optax tests its own optimizers with, and what clipping adds to it.
+It is the contract that Optax tests its own optimizers with, and more: scopes, metrics, NaN, and
+extreme numbers, where Optax's own clipping goes wrong.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +13,16 @@ import numpy as np
 import optax
 import pytest
 import reference
-from breadth import one_of_each_kind
-from clipper_table import CLIPPERS, WEIGHT_BASED, scope_of
+from breadth import long_but, one_of_each_kind
+from clipper_table import CLIPPERS, KINDS, WEIGHT_BASED, scope_of
 from compat import enable_x64
 from trees import assert_same_bits
 
 import optax_smartclip as smartclip
 
 every_clipper = pytest.mark.parametrize("name", CLIPPERS)
+
+TINY = np.finfo(np.float32).tiny
 
 HISTORY_BASED = [name for name in CLIPPERS if name not in WEIGHT_BASED]
 
@@ -40,7 +44,7 @@ def mixed_tree(seed, size=1.0):
 
 
 PARAMS = mixed_tree(0)
-# No gradient here is large in comparison with these.
+# All gradients here are small in comparison with these.
 LARGE_PARAMS = mixed_tree(0, size=1e4)
 
 
@@ -82,7 +86,7 @@ def assert_close(actual, expected, ulps=4):
 
 
 def kinds(tree):
-    """What `jit` would have to recompile for, if it changed."""
+    """The properties for which `jit` compiles again when they change."""
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
 
 
@@ -90,7 +94,7 @@ def kinds(tree):
 
 
 @every_clipper
-def test_ignores_extra_arguments_that_it_does_not_know(name):
+def test_unknown_extra_arguments_are_ignored(name):
     tx = CLIPPERS[name]()
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
     update = functools.partial(tx.update, value=jnp.ones(()), unknown="something")
@@ -110,14 +114,20 @@ def test_state_is_strongly_typed_and_keeps_its_kind(name):
 
 
 @every_clipper
-def test_dtypes_stay_what_they_are_where_float64_is_enabled(name):
-    with enable_x64(True):
+def test_updates_keep_their_dtype_and_the_state_its_types(name):
+    def check(*dtypes):
         tx = CLIPPERS[name]()
-        params = {**PARAMS, "double": jnp.ones(2, jnp.float64)}
+        params = {**PARAMS, "weak": jnp.asarray(1.0), "more": [jnp.ones(3, d) for d in dtypes]}
         state = tx.init(params)
         updates, after = jax.eval_shape(tx.update, params, state, params)
-        assert kinds((updates, after)) == kinds((params, state))
-        assert {leaf.dtype.itemsize for leaf in jax.tree.leaves(state)} <= {1, 4}
+        assert kinds(after) == kinds(state)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} <= {"float32", "int32", "bool"}
+        for update, param in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
+            assert (update.shape, update.dtype) == (param.shape, param.dtype)
+
+    check("complex64", "float8_e4m3fn")
+    with enable_x64(True):
+        check("complex64", "float8_e4m3fn", "float64", "complex128")
 
 
 @every_clipper
@@ -178,18 +188,19 @@ def test_gradients_may_be_none_where_parameters_are_not(name):
 
 
 @every_clipper
-def test_integer_and_float0_leaves_pass_untouched(name):
+def test_leaves_that_are_not_gradients_pass_untouched(name):
     tx = CLIPPERS[name]()
-    params = {"w": jnp.ones(2), "steps": jnp.arange(2), "seed": jnp.arange(3)}
-    grads = {"w": jnp.ones(2), "steps": jnp.arange(2), "seed": np.zeros(3, jax.dtypes.float0)}
+    others = {"steps": jnp.arange(2), "key": jax.random.key(0), "none": None}
+    params = {**others, "w": jnp.ones(2), "masked": optax.MaskedNode(), "seed": jnp.arange(3)}
+    others["seed"] = np.zeros(3, jax.dtypes.float0)
 
     def update(grad):
-        updates, _ = tx.update({**grads, "w": grad}, tx.init(params), params)
-        assert updates["steps"] is grads["steps"]
-        assert updates["seed"] is grads["seed"]
+        updates, _ = tx.update({**params, **others, "w": grad}, tx.init(params), params)
+        assert updates.keys() == params.keys()
+        assert all(updates[name] is leaf for name, leaf in others.items())
         return updates["w"]
 
-    assert kinds(jax.eval_shape(update, grads["w"])) == kinds(params["w"])
+    assert kinds(jax.eval_shape(update, params["w"])) == kinds(params["w"])
 
 
 @pytest.mark.parametrize("name", HISTORY_BASED)
@@ -242,14 +253,14 @@ def test_tree_get_finds_every_metric_and_still_the_count_of_others(name, place):
 
 @one_of_each_kind
 def test_eager_steps_equal_jitted_ones_and_no_nan_arises_on_the_way(name):
-    # One small leaf: each operation on another shape is compiled anew.
+    # One small leaf, as each operation is compiled again for another shape.
     params = np.float32([[3.0, -4.0], [0.5, 0.1]])
     direction = np.float32([[0.1, 2.0], [-3.0, 4.0]])
     tx = CLIPPERS[name](max_norm=2.0)
     update = jax.jit(tx.update)
     eager_state = jitted_state = tx.init(params)
-    for size in (0.0, 0.1, 0.1, 50.0, 1e30, np.inf):
-        grads = jnp.asarray(np.float32(size) * direction)
+    stream = [np.float32(size) * direction for size in (0.0, 0.1, 0.1, 50.0, 1e30, np.inf)]
+    for grads in map(jnp.asarray, [*stream, np.float32([[np.inf, 1.0], [0.0, 1.0]])]):
         jitted_updates, jitted_state = update(grads, jitted_state, params)
         with jax.debug_nans(True):
             eager_updates, eager_state = tx.update(grads, eager_state, params)
@@ -294,7 +305,7 @@ def test_scan_equals_a_loop_of_jitted_steps(name):
     state, updates = jax.jit(lambda grads: jax.lax.scan(step, tx.init(PARAMS), grads))(stacked)
     expected_updates, expected_states = run(name, grads)
     expected_updates = jax.tree.map(lambda *leaves: np.stack(leaves), *expected_updates)
-    # Not every bit: XLA may order the sum within a leaf otherwise in another program.
+    # Not to the bit: XLA may sum up a leaf in another order in another program.
     assert_close((updates, state), (expected_updates, expected_states[-1]))
 
 
@@ -327,6 +338,26 @@ def test_constant_gradients_are_returned_bit_for_bit(name):
     np.testing.assert_array_equal(states[-1].last.clip_scale, 1.0)
 
 
+@pytest.mark.parametrize("name", long_but({*KINDS, "zscore_clip"}, CLIPPERS))
+def test_constants_of_any_size_are_never_clipped(name):
+    sizes = np.float32([0.1, 1 / 3, 7.3e-5, 1.0, 1e4, 1e-20, 1e20])[:, None]
+    if scope_of(name) == "unit":
+        # A unit whose square overflows counts as not finite.
+        sizes = sizes[:-1]
+    tx = CLIPPERS[name]()
+
+    def follow(size):
+        def step(state, _):
+            updates, state = tx.update(size, state, 1000 * size)
+            return state, (updates, state.last.clip_scale)
+
+        return jax.lax.scan(step, tx.init(size), length=120)[1]
+
+    updates, scales = jax.jit(jax.vmap(follow))(sizes)
+    np.testing.assert_array_equal(scales, np.ones((len(sizes), 120)))
+    np.testing.assert_array_equal(updates, np.broadcast_to(sizes[:, None], updates.shape))
+
+
 @every_clipper
 def test_zero_gradients_give_zero_updates(name):
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
@@ -339,29 +370,30 @@ def test_zero_gradients_give_zero_updates(name):
 
 
 @every_clipper
-def test_steps_with_nan_or_inf_leave_no_trace_but_their_count(name):
+def test_steps_with_nan_or_inf_leave_no_trace_except_their_count(name):
     grads = stream(24)
     bad = [
         jax.tree.map(lambda leaf, value=value: jnp.full_like(leaf, value), PARAMS)
         for value in (np.nan, -np.inf)
     ]
     expected_updates, expected_states = run(name, grads)
-    updates, states = run(name, [*grads[:13], *bad, *grads[13:]])
-    assert_same_bits(updates[:13] + updates[15:], expected_updates)
+    # Before the first gradient, and in the middle.
+    updates, states = run(name, [bad[0], *grads[:13], *bad, *grads[13:]])
+    assert_same_bits(updates[1:14] + updates[16:], expected_updates)
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
-    assert_same_bits(updates[13:15], [zeros, zeros])
-    for state, expected in ((states[14], expected_states[12]), (states[-1], expected_states[-1])):
-        np.testing.assert_array_equal(state.last.num_steps, expected.last.num_steps + 2)
+    assert_same_bits([updates[0], *updates[14:16]], [zeros] * 3)
+    for state, expected in ((states[15], expected_states[12]), (states[-1], expected_states[-1])):
+        np.testing.assert_array_equal(state.last.num_steps, expected.last.num_steps + 3)
         np.testing.assert_array_equal(state.last.num_clipped, expected.last.num_clipped)
         # The empty leaf has the norm 0, also where it is a group of its own.
         poisoned = np.array([True, True, False, True, True])
         poisoned = poisoned if state.num_observed.size == poisoned.size else np.array(True)
-        np.testing.assert_array_equal(state.last.num_nonfinite, 2 * poisoned)
-        learnt, expected_learnt = (
+        np.testing.assert_array_equal(state.last.num_nonfinite, 3 * poisoned)
+        learned, expected_learned = (
             jax.tree.map(lambda leaf, mask=poisoned: leaf[mask], (x.rule, x.num_observed))
             for x in (state, expected)
         )
-        assert_same_bits(learnt, expected_learnt)
+        assert_same_bits(learned, expected_learned)
 
 
 @every_clipper
@@ -396,7 +428,7 @@ def test_the_first_step_is_recorded_in_the_metrics(name):
     np.testing.assert_array_equal(record["num_steps"], 1)
 
 
-# Derivatives, a fixed ceiling and nonfinite="propagate", from one compiled function.
+# Derivatives, ceilings, extreme sizes and nonfinite="propagate", from one program of each clipper.
 
 FACTORS = (1.0, 2.0, 0.5)
 
@@ -413,46 +445,106 @@ def small_tree(seed):
 
 GRAD, DIRECTION, WEIGHTS, PROJECTION = (small_tree(seed) for seed in range(4))
 STEP = 1e-3
-ROWS = {
-    "zero": jax.tree.map(np.zeros_like, GRAD),
-    "grad": GRAD,
-    "ahead": jax.tree.map(lambda g, d: g + np.float32(STEP) * d, GRAD, DIRECTION),
-    "behind": jax.tree.map(lambda g, d: g - np.float32(STEP) * d, GRAD, DIRECTION),
-    "one zero leaf": {**GRAD, "a": jax.tree.map(np.zeros_like, GRAD["a"])},
-    "nan": jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), GRAD),
-    "inf": jax.tree.map(lambda leaf: np.full_like(leaf, -np.inf), GRAD),
+
+
+class Case(NamedTuple):
+    """The gradient of three steps, which is multiplied by a factor in each, and the ceiling."""
+
+    grad: Any
+    max_norm: float = 1.0
+    factors: tuple[float, ...] = FACTORS
+
+
+CASES = {
+    "zero": Case(jax.tree.map(np.zeros_like, GRAD)),
+    "grad": Case(GRAD),
+    "ahead": Case(jax.tree.map(lambda g, d: g + np.float32(STEP) * d, GRAD, DIRECTION)),
+    "before": Case(jax.tree.map(lambda g, d: g - np.float32(STEP) * d, GRAD, DIRECTION)),
+    "one zero leaf": Case({**GRAD, "a": jax.tree.map(np.zeros_like, GRAD["a"])}),
+    "nan": Case(jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), GRAD)),
+    "inf": Case(jax.tree.map(lambda leaf: np.full_like(leaf, -np.inf), GRAD)),
 }
+
+
+def first_step(size, direction, max_norm=1.0):
+    """One step in which one leaf has a gradient, which is then the same group in every scope."""
+    grad = np.float32(size) * np.float32(direction)
+    zeros = jax.tree.map(np.zeros_like, GRAD["a"])
+    return Case({"a": zeros, "c": grad}, max_norm, (1.0, 0.0, 0.0))
+
+
+VECTORS = {
+    "2": first_step(2.0, [0.6, -0.8]),
+    "1e20": first_step(1e20, [0.6, -0.8]),
+    "1e30": first_step(1e30, [0.6, -0.8]),
+    "1e37": first_step(1e37, [0.6, -0.8]),
+    "squares that underflow": first_step(5e-25, [0.6, 0.8], 1e-26),
+    # A schedule can reach a ceiling of zero, where a Python number must be positive.
+    "1e30, ceiling of zero": first_step(1e30, [1.0, 0.0], 0.0),
+    "zeros": first_step(0.0, [0.6, 0.8]),
+    "zeros, ceiling of zero": first_step(0.0, [0.6, 0.8], 0.0),
+    "ceiling of zero": first_step(5.0, [0.6, 0.8], 0.0),
+    "within the ceiling": first_step(0.5, [0.6, 0.8]),
+    "beyond the ceiling": first_step(5.0, [0.6, 0.8]),
+    "beyond a large ceiling": first_step(5e25, [0.6, 0.8], 1e20),
+}
+
+
+def applies(name, vector):
+    """Whether the clipper promises to hold such a vector to its limit."""
+    norm = reference.norm(VECTORS[vector].grad)
+    if name in WEIGHT_BASED and norm > 0:
+        # AGC leaves gradients alone that are far below `clipping * eps`. Here its limit is far
+        # below 1, so that the scale of the largest gradient would be flushed to zero.
+        return 1e-18 < norm < (1e18 if scope_of(name) == "unit" else 1e36)
+    return True
+
+
+def each_of(vectors):
+    """Each clipper with each of the vectors."""
+    pairs = [(name, vector) for name in CLIPPERS for vector in vectors if applies(name, vector)]
+    return pytest.mark.parametrize(("name", "vector"), pairs)
+
+
+def first_limit(name, case):
+    """The limit of the leaf in its first step: no history clips before its first norm."""
+    agc_limit = 0.01 * max(reference.norm(WEIGHTS["c"]), 1e-3)
+    return min(case.max_norm, agc_limit if name in WEIGHT_BASED else np.inf)
 
 
 @functools.cache
 def differentiate(name):
-    """For each of ROWS: a function of the updates of three steps, the updates, its derivative."""
-    tx = CLIPPERS[name](max_norm=1.0, nonfinite="propagate")
+    """For each case: a function of the updates of three steps, the updates, its derivative."""
 
-    def loss(grad):
+    def loss(grad, max_norm, factors):
+        tx = CLIPPERS[name](max_norm=max_norm, nonfinite="propagate")
+
         def step(state, factor):
             scaled = jax.tree.map(lambda leaf: factor * leaf, grad)
             updates, state = tx.update(scaled, state, WEIGHTS)
             return state, updates
 
-        _, updates = jax.lax.scan(step, tx.init(WEIGHTS), jnp.array(FACTORS))
+        _, updates = jax.lax.scan(step, tx.init(WEIGHTS), factors)
         products = jax.tree.map(lambda u, v: jnp.sum(u * v[None]), updates, PROJECTION)
         return optax.tree.sum(products), updates
 
-    rows = jax.tree.map(lambda *leaves: np.stack(leaves), *ROWS.values())
-    results = jax.jit(jax.vmap(jax.value_and_grad(loss, has_aux=True)))(rows)
+    cases = CASES | VECTORS
+    stacked = jax.tree.map(lambda *leaves: np.float32(leaves), *cases.values())
+    factors = np.stack(stacked.factors, axis=1)
+    evaluate = jax.jit(jax.vmap(jax.value_and_grad(loss, has_aux=True)))
+    results = evaluate(stacked.grad, stacked.max_norm, factors)
     return {
-        row: jax.tree.map(lambda leaf, index=index: np.asarray(leaf[index]), results)
-        for index, row in enumerate(ROWS)
+        case: jax.tree.map(lambda leaf, index=index: np.asarray(leaf[index]), results)
+        for index, case in enumerate(cases)
     }
 
 
 @one_of_each_kind
 def test_derivatives_through_three_updates_are_finite_and_right(name):
     results = differentiate(name)
-    for row in ("zero", "grad", "one zero leaf"):
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(results[row]))
-    # Nothing is clipped at zero: the updates are the gradient times each of the factors.
+    for case in ("zero", "grad", "one zero leaf"):
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(results[case]))
+    # Gradients of zero are not clipped: the updates are the gradient times each of the factors.
     expected = jax.tree.map(lambda leaf: leaf * sum(FACTORS), PROJECTION)
     jax.tree.map(np.testing.assert_allclose, results["zero"][1], expected)
 
@@ -461,10 +553,10 @@ def test_derivatives_through_three_updates_are_finite_and_right(name):
         np.sum(np.float64(a) * b)
         for a, b in zip(jax.tree.leaves(derivative), jax.tree.leaves(DIRECTION), strict=True)
     )
-    ((ahead, _), _), ((behind, _), _) = results["ahead"], results["behind"]
+    ((ahead, _), _), ((before, _), _) = results["ahead"], results["before"]
     atol = 2e-3 * reference.norm(updates)
     assert abs(slope) > 10 * atol
-    np.testing.assert_allclose(slope, (ahead - behind) / (2 * STEP), rtol=1e-2, atol=atol)
+    np.testing.assert_allclose(slope, (ahead - before) / (2 * STEP), rtol=1e-2, atol=atol)
 
 
 @every_clipper
@@ -491,11 +583,119 @@ def test_max_norm_holds_from_the_first_step_on(name):
 
 
 @every_clipper
-@pytest.mark.parametrize("row", ["nan", "inf"])
-def test_propagate_lets_nonfinite_gradients_pass_as_they_are(name, row):
-    (_, updates), _ = differentiate(name)[row]
-    expected = jax.tree.map(lambda leaf: np.stack([leaf] * len(FACTORS)), ROWS[row])
+@pytest.mark.parametrize("case", ["nan", "inf"])
+def test_propagate_lets_nonfinite_gradients_pass_as_they_are(name, case):
+    (_, updates), _ = differentiate(name)[case]
+    expected = jax.tree.map(lambda leaf: np.stack([leaf] * len(FACTORS)), CASES[case].grad)
     jax.tree.map(np.testing.assert_array_equal, updates, expected)
+
+
+@each_of(VECTORS)
+def test_every_finite_gradient_comes_out_at_the_limit(name, vector):
+    case = VECTORS[vector]
+    (_, updates), _ = differentiate(name)[vector]
+    grad = np.float64(case.grad["c"])
+    norm, limit = np.linalg.norm(grad), first_limit(name, case)
+    expected = grad if norm <= limit else limit / norm * grad
+    np.testing.assert_allclose(updates["c"][0], expected, rtol=1e-6)
+    assert not np.any(updates["a"]["w"])
+
+
+@each_of(VECTORS)
+def test_the_derivative_of_an_update_is_that_of_the_formula_everywhere(name, vector):
+    case = VECTORS[vector]
+    _, derivative = differentiate(name)[vector]
+    grad, expected = np.float64(case.grad["c"]), np.float64(PROJECTION["c"])
+    norm, limit = np.linalg.norm(grad), first_limit(name, case)
+    if norm > limit:
+        direction = grad / norm
+        expected = limit / norm * (expected - direction * np.dot(direction, expected))
+    # A derivative below the normal numbers may be flushed to zero.
+    np.testing.assert_allclose(derivative["c"], expected, rtol=1e-5, atol=TINY)
+
+
+# What Optax's own clipping does there. If one of these fails, Optax has been improved.
+
+
+@jax.jit
+def optax_clip(grads, max_norm):
+    return optax.clip_by_global_norm(max_norm).update(grads, optax.EmptyState())[0]
+
+
+ONE = np.float32(1.0)
+
+
+@functools.partial(jax.jit, static_argnames="name")
+def clip_to(grads, max_norm, name="autoclip"):
+    """The update and the norm of a first step."""
+    tx = CLIPPERS[name](max_norm=max_norm)
+    updates, state = tx.update(grads, tx.init(grads))
+    return updates, state.last.grad_norm
+
+
+@pytest.mark.parametrize("name", long_but(KINDS, HISTORY_BASED))
+def test_float16_gradients_of_300_are_clipped_and_not_dropped(name):
+    grads = jnp.full(4, 300.0, jnp.float16)
+    updates, norm = clip_to(grads, ONE, name=name)
+    assert updates.dtype == jnp.float16
+    np.testing.assert_array_equal(updates, [0.5] * 4)
+    np.testing.assert_array_equal(norm, 600.0)
+
+
+@pytest.mark.parametrize(
+    "grads", [jnp.full(2, 300.0, jnp.float16), *(np.float32([s, s]) for s in (1e20, 1e30, 1e37))]
+)
+def test_optax_drops_gradients_whose_squares_overflow(grads):
+    updates, _ = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())
+    np.testing.assert_array_equal(updates, [0.0, 0.0])
+
+
+def test_optax_does_not_clip_gradients_whose_squares_underflow():
+    grads = np.float32([3e-25, 4e-25])
+    np.testing.assert_array_equal(optax_clip(grads, np.float32(1e-26)), grads)
+
+
+def test_the_norm_of_many_bfloat16_leaves_is_the_true_one():
+    # In bfloat16, 256 + 1 is 256: Optax computes 256 for the squared norm 296.
+    grads = [jnp.ones(256, jnp.bfloat16), *[jnp.ones(1, jnp.bfloat16)] * 40]
+    updates, norm = clip_to(grads, np.float32(16.5))
+    np.testing.assert_allclose(norm, np.sqrt(296), rtol=1e-6)
+    np.testing.assert_allclose(reference.norm(updates), 16.5, rtol=4e-3)
+    tx = optax.clip_by_global_norm(16.5)
+    theirs, _ = jax.jit(tx.update)(grads, optax.EmptyState())
+    assert reference.norm(theirs) == np.sqrt(296)
+
+
+def test_one_tree_may_hold_every_dtype():
+    grads = [jnp.asarray([12.0], name) for name in ("float32", "float16", "bfloat16", "complex64")]
+    updates, _ = clip_to(grads, ONE)
+    for update in updates:
+        np.testing.assert_array_equal(np.asarray(update, np.complex64), [0.5])
+    with pytest.raises(ValueError, match="promotion"):
+        optax_clip(grads, ONE)
+
+
+def test_optax_refuses_integers():
+    with pytest.raises((TypeError, ValueError)):
+        optax_clip({"int": jnp.arange(3), "float": jnp.ones(3)}, ONE)
+
+
+@pytest.mark.parametrize(
+    ("grad", "max_norm"), [([0.0, 0.0], 0.0), ([np.nan, 1.0], 1.0), ([np.inf, 1.0], 1.0)]
+)
+def test_optax_makes_nan_of_zeros_at_a_limit_of_zero_and_of_nan_and_inf(grad, max_norm):
+    assert np.isnan(optax_clip(np.float32(grad), np.float32(max_norm))[0])
+
+
+@pytest.mark.parametrize("grads", [[0.0, 0.0], [np.inf, 1.0]])
+def test_optax_computes_nan_on_the_way_from_zeros_and_inf(grads):
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        optax.clip_by_global_norm(1.0).update(jnp.float32(grads), optax.EmptyState())
+
+
+def test_the_derivative_of_the_update_of_zeros_is_nan_in_optax():
+    slope = jax.grad(lambda grads: jnp.sum(optax_clip(grads, ONE)))(jnp.zeros(2))
+    assert np.all(np.isnan(slope))
 
 
 # Hyperparameters.
@@ -518,10 +718,10 @@ NORMS = np.float32(np.exp(np.random.default_rng(4).normal(size=60)))
 
 
 @one_of_each_kind
-def test_hyperparameters_rounded_to_bfloat16_change_next_to_nothing(name):
+def test_hyperparameters_rounded_to_bfloat16_change_thresholds_little(name):
     tx = optax.inject_hyperparams(CLIPPERS[name])()
     hyperparams = tx.init(jnp.zeros(1, jnp.bfloat16)).hyperparams.values()
-    # Only the auto mode has no number but the integer `warmup_steps`.
+    # In the auto mode, the only number is the integer `warmup_steps`.
     assert any(value.dtype == jnp.bfloat16 for value in hyperparams) == (name != "autoclip")
     np.testing.assert_allclose(
         thresholds_of(tx, NORMS, jnp.bfloat16),
@@ -535,7 +735,7 @@ def late_value(early, late):
     return lambda count: jnp.where(count < 30, early, late)
 
 
-# Of units, thresholds are not reported.
+# The thresholds of units are not reported.
 AGC = functools.partial(smartclip.agc, scope="per_param")
 
 

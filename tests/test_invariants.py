@@ -1,6 +1,6 @@
-"""What holds after every step of every clipper, for any gradient: hypothesis looks for exceptions.
+"""Invariants of every step of every clipper: hypothesis looks for a gradient that breaks one.
 
-Norms, groups and AGC's thresholds are computed anew here, in float64 NumPy.
+The tests compute norms, groups and AGC's thresholds themselves, in float64 NumPy.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from breadth import long_but
 from clipper_table import CLIPPERS, WEIGHT_BASED, scope_of
 from compat import enable_x64
 
@@ -61,7 +62,7 @@ TINY = float(np.finfo(np.float32).tiny)
 
 
 def random_tree(name, seed, factor):
-    """Random leaves, times `factor`; what is beyond a leaf's dtype becomes infinite."""
+    """Random leaves, times `factor`. Elements beyond the dtype of a leaf become infinite."""
     rng = np.random.default_rng(seed)
 
     def leaf(struct):
@@ -108,12 +109,12 @@ def split(scope, tree):
 
 
 def smallest(array):
-    """What may be lost of an element: a number below the normal ones may be flushed to zero."""
+    """The largest element that may be lost, as numbers below the normal ones may become zero."""
     return max(TINY, float(jnp.finfo(array.dtype).smallest_subnormal))
 
 
 def check_untouched(grad, update):
-    """That an array was multiplied by exactly 1, which may flush subnormal numbers to zero."""
+    """Checks that an array was multiplied by 1, which may flush subnormal numbers to zero."""
     real = np.finfo(grad.dtype).dtype if np.iscomplexobj(grad) else grad.dtype
     grad, update = (
         np.ascontiguousarray(array).view(real).astype(np.float64) for array in (grad, update)
@@ -124,7 +125,7 @@ def check_untouched(grad, update):
 
 
 def check_group(grads, updates, norm, threshold):
-    """That the arrays of a group are clipped to the threshold, and otherwise what they were."""
+    """Checks that the arrays of a group are clipped to the threshold, or else unchanged."""
     if not np.isfinite(norm):
         assert not any(np.any(update) for update in updates)
         return
@@ -147,7 +148,7 @@ def check_group(grads, updates, norm, threshold):
 
 
 def check_step(name, grads, weights, updates, before, after):
-    """All invariants of one step."""
+    """Checks all invariants of one step."""
     scope = scope_of(name)
     groups, clipped_groups, weight_groups = (split(scope, x) for x in (grads, updates, weights))
     norms = np.array([reference.norm(group) for group in groups])
@@ -175,13 +176,13 @@ def check_step(name, grads, weights, updates, before, after):
         finite = finite.all(keepdims=True)
     else:
         np.testing.assert_array_equal(last.grad_norm < FLOAT32_MAX, finite)
-        # AGC does not care for norms whose squares underflow: its thresholds are far above.
+        # AGC may round norms whose squares underflow to zero: its thresholds are far above.
         atol = 1e-18 if name in WEIGHT_BASED else 4 * TINY
         expected = np.minimum(norms[finite], FLOAT32_MAX)
         np.testing.assert_allclose(last.grad_norm[finite], expected, rtol=1e-6, atol=atol)
         if name in WEIGHT_BASED:
             np.testing.assert_allclose(last.clip_threshold, thresholds, rtol=1e-6)
-        # From here on to the bit, so that at a threshold both sides agree on which side it is.
+        # Compared in every bit from here on, so that both sides agree whether a norm is above.
         thresholds = reference.unreported(last.clip_threshold.astype(np.float64))
         norms = np.where(norms < FLOAT32_MAX, last.grad_norm.astype(np.float64), norms)
 
@@ -191,7 +192,7 @@ def check_step(name, grads, weights, updates, before, after):
         check_group(group, clipped_group, norm, threshold)
 
     clipped = finite & (last.grad_norm > last.clip_threshold)
-    # Of units, it is a share; next to one that is not finite, others may be clipped.
+    # For units, `clipped` is a share. Next to a unit that is not finite, others may be clipped.
     if scope != "unit" or finite.all():
         np.testing.assert_array_equal(last.clipped > 0, clipped)
     assert np.all((last.clip_scale >= 0) & (last.clip_scale <= 1))
@@ -209,7 +210,7 @@ def check_step(name, grads, weights, updates, before, after):
 
 
 def check_stream(name, trees, factors, data):
-    """The invariants along a stream that hypothesis draws."""
+    """Checks the invariants along a stream that hypothesis draws."""
     tree = data.draw(st.sampled_from(trees), label="tree")
     factors = data.draw(st.lists(st.sampled_from(factors), min_size=1, max_size=12))
     warmed_up = data.draw(st.booleans(), label="warmed up")
@@ -232,7 +233,9 @@ def test_every_step_keeps_what_clipping_promises(name, data):
     check_stream(name, TREES_OF[name], FACTORS, data)
 
 
-@pytest.mark.parametrize("name", ["autoclip_p95_per_param", "zscore_clip", "agc"])
+@pytest.mark.parametrize(
+    "name", long_but({"autoclip_p95_per_param", "zscore_clip", "agc"}, CLIPPERS)
+)
 @hypothesis.given(data=st.data())
 def test_float64_gradients_are_no_exception(name, data):
     with enable_x64(True):

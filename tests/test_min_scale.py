@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from clipper_table import CLIPPERS
+from clipper_table import CLIPPERS, FUNCTIONS
 
 import optax_smartclip as smartclip
 from optax_smartclip.engine.scaling import keep_share, signed_scale
@@ -26,9 +26,8 @@ def gradients():
     }
 
 
-# A row for each public function.
-@pytest.mark.parametrize("name", ["autoclip", "zscore_clip", "zclip", "adagc", "agc"])
-def test_scales_below_it_are_raised_to_it_and_what_is_learnt_stays_the_same(name):
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_scales_below_it_are_raised_to_it_and_the_state_stays_the_same(name):
     grads = gradients()
 
     @jax.jit
@@ -54,8 +53,8 @@ def test_scales_below_it_are_raised_to_it_and_what_is_learnt_stays_the_same(name
     reported = np.asarray(reported)[:, finite]
     floors = MIN_SCALES.reshape(-1, *[1] * (reported.ndim - 1))
     np.testing.assert_allclose(reported, np.maximum(reported[0], floors), rtol=1e-6)
-    for learnt in jax.tree.leaves((state.rule, state.num_observed)):
-        np.testing.assert_array_equal(learnt, np.broadcast_to(learnt[0], learnt.shape))
+    for leaf in jax.tree.leaves((state.rule, state.num_observed)):
+        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[0], leaf.shape))
 
 
 @jax.jit

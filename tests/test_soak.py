@@ -1,6 +1,4 @@
-"""The long run in short: every clipper passes, its references are right, and broken ones fail."""
-
-import functools
+"""`make soak` in 3000 steps: every clipper passes, broken ones fail, the references are right."""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+import running_reference
 import soak
 
 import optax_smartclip as smartclip
@@ -21,7 +20,7 @@ def test_every_clipper_passes_a_short_run(label):
     assert soak.soak(soak.CLIPPERS[label], STEPS)[2] == []
 
 
-def test_the_norms_have_in_them_what_they_are_said_to_have():
+def test_the_norms_contain_every_kind_of_trouble():
     norms = soak.make_norms(STEPS, 2)
     assert norms.dtype == np.float32
     assert all(np.count_nonzero(bad) > 5 for bad in (np.isnan(norms), np.isinf(norms)))
@@ -35,7 +34,7 @@ def test_the_norms_have_in_them_what_they_are_said_to_have():
     finite = many[np.isfinite(many) & (many > 0)]
     assert finite.min() == np.float32(1e-30)
     assert finite.max() == np.float32(1e30)
-    # The first norms of a short run are those of a long one.
+    # The first norms are not damaged.
     assert soak.make_norms(30, 1).max() < 5
 
 
@@ -45,47 +44,48 @@ FINITE = np.isfinite(ONE) & (ONE > 0)
 
 REFERENCES = {
     "the lower fence of a window": (
-        soak.of_window(soak.lower_fence, 48, before=True),
+        running_reference.lower_fence(),
         lambda: reference.lower_fence_thresholds(ONE),
     ),
     "the upper fence of a window": (
-        soak.of_window(soak.upper_fence, 112, before=True),
+        running_reference.upper_fence(),
         lambda: reference.upper_fence_thresholds(ONE),
     ),
     "a percentile of a window": (
-        soak.of_window(functools.partial(soak.quantile, fraction=0.333), 50, before=False),
+        running_reference.percentile(33.3, 50),
         lambda: reference.percentile_thresholds(ONE, 33.3, 50),
     ),
     "the outliers of a window": (
-        soak.of_window(soak.outlier, 128, before=True),
+        running_reference.outliers(),
         lambda: reference.skipped_steps(ONE)[1][:, 0],
     ),
     "the lower bound of a percentile of all": (
-        lambda norms: soak.each(lambda one: soak.of_all(one, 33.3, 0.01))(norms)[0],
-        lambda: reference.percentile_thresholds(soak.levels(ONE), 33.3, len(ONE)),
+        lambda norms: running_reference.percentile_of_all(33.3, 0.01)(norms)[0],
+        lambda: reference.percentile_thresholds(running_reference.levels(ONE), 33.3, len(ONE)),
     ),
 }
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-def test_references_that_keep_norms_in_order_equal_those_that_sort_them_anew(name):
+def test_references_that_keep_norms_in_order_equal_those_that_sort_at_every_step(name):
     quick, plain = REFERENCES[name]
     np.testing.assert_allclose(quick(ONE[:, None])[FINITE, 0], plain()[FINITE], rtol=1e-9)
 
 
-def test_bounds_of_a_percentile_are_apart_by_what_a_histogram_may_round():
-    low, high = soak.of_all(ONE, 33.3, 0.25)
+def test_the_bounds_of_a_percentile_differ_by_the_error_of_a_histogram():
+    low, high = running_reference.percentile_of_all(33.3, 0.25)(ONE[:, None])
     np.testing.assert_allclose(high, 1.25 * low, rtol=1e-12)
 
 
-def test_bounds_of_a_fading_percentile_enclose_that_of_the_whole_stream():
+def test_the_bounds_of_a_fading_percentile_enclose_that_of_the_whole_stream():
     norms = np.where(np.arange(len(ONE)) < 500, 100 * ONE, ONE)
-    # Older norms weigh so little that those before the last 300 are not looked at.
-    low, high = soak.of_faded(norms, 33.3, 0.01, decay=0.95)
+    # Older norms weigh so little that the reference reads the last 300 only.
+    bounds = running_reference.fading_percentile(33.3, 0.01, decay=0.95)(norms[:, None])
+    low, high = bounds[..., 0]
     compared = np.flatnonzero(FINITE & (high < np.inf))
     assert len(compared) > 150
     assert compared[-1] > 990
-    seen = soak.levels(norms)
+    seen = running_reference.levels(norms)
     expected = [
         reference.fading_percentile(seen[: step + 1][FINITE[: step + 1]], 33.3, 0.95)
         for step in compared
@@ -95,12 +95,12 @@ def test_bounds_of_a_fading_percentile_enclose_that_of_the_whole_stream():
 
 
 def zscore_with(tx=None, **options):
-    """What is held to be zscore_clip(), and may not be."""
+    """A transformation, or zscore_clip with options, that is held to zscore_clip()."""
     return soak.CLIPPERS["zscore_clip()"]._replace(tx=tx or smartclip.zscore_clip(**options))
 
 
 def with_rule(**functions):
-    """A rule that is that of zscore_clip(), but for some of its functions."""
+    """zscore_clip() with some functions of its rule replaced."""
     return smartclip.clip_by_rule(zscore_rule(3.0, 0.99)._replace(**functions), warmup_steps=1)
 
 
@@ -178,7 +178,7 @@ BROKEN = {
         lambda: changed_record(clipped=lambda state: state.last.clip_scale < 0.5),
         ["scale wrong", "decision wrong"],
     ),
-    "updates that are not the gradient's to the bit": (
+    "updates that differ from the gradient in one bit": (
         lambda: changed(scale_all),
         ["update wrong"],
     ),
@@ -194,8 +194,8 @@ def test_a_broken_clipper_does_not_pass(defect):
     assert all(found), problems
 
 
-def test_a_window_that_is_one_norm_longer_than_it_should_be_does_not_pass():
-    should_be = soak.of_window(functools.partial(soak.quantile, fraction=0.9), 6, before=False)
+def test_a_window_that_is_one_norm_too_long_does_not_pass():
+    should_be = running_reference.percentile(90.0, 6)
     clipper = soak.CLIPPERS["autoclip(90, ring_buffer(7), per_param)"]
     _, _, (problem,) = soak.soak(clipper._replace(reference=should_be), STEPS)
     assert problem == "threshold wrong from step 6 on"
@@ -207,7 +207,7 @@ def run_main(monkeypatch, capsys, *arguments):
     return code, capsys.readouterr().out.splitlines()
 
 
-def test_the_table_has_a_row_for_each_clipper_that_is_asked_for(monkeypatch, capsys):
+def test_the_table_has_a_row_for_each_selected_clipper(monkeypatch, capsys):
     code, lines = run_main(monkeypatch, capsys, f"--steps={STEPS}", "--clippers", "zscore", "agc(p")
     assert code == 0
     assert lines[0].startswith("Python 3")

@@ -9,8 +9,8 @@ import collections
 import copy
 import dataclasses
 import functools
+import itertools
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import flax.serialization
@@ -21,6 +21,8 @@ import numpy as np
 import optax
 import pytest
 import reference
+import running_reference
+from clipper_table import MACHINE, TABLE, Row, default_scope, rows_of
 from hypothesis import Phase, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -47,49 +49,13 @@ LARGEST = float(np.finfo(np.float32).max)
 TINY = float(np.finfo(np.float32).tiny)
 MOMENTUM = 0.9
 
-# Steps of the run that some examples start after: enough for the warm-up of every clipper.
+# Some examples start after that many steps, which are enough for every warm-up.
 WARMED_UP = 110
 
 
-# No search for the shortest failing run: it would take minutes.
+# Hypothesis does not look for the shortest failing run, which would take minutes.
 SETTINGS = settings(max_examples=6, stateful_step_count=25, phases=[Phase.generate])
 UNTIL_FOUND = settings(SETTINGS, max_examples=200)
-
-
-def percentile(norms, percent, size):
-    return np.percentile(reference.window(norms, len(norms), size), percent)
-
-
-def percentile_of_levels(norms, percent):
-    """That of all norms, those beyond the levels of a histogram moved to the last of them."""
-    norms = reference.window(norms, len(norms), len(norms))
-    levels = np.where(norms > 1e12, LARGEST, np.maximum(norms, float(np.float32(1e-12))))
-    return np.percentile(np.where(norms == 0, 0, levels), percent)
-
-
-def outlier(norms):
-    past = reference.window(norms, len(norms) - 1, 128)
-    if len(past) < 10:
-        return np.inf
-    q25, median, q75 = np.percentile(past, [25, 50, 75])
-    spread = max((q75 - q25) / 1.349, 0.003 * median)
-    return median + 6 * spread if spread > 0 else np.inf
-
-
-def last_of(thresholds, **options):
-    """From a function of reference.py that goes through a whole stream, the last threshold."""
-    return lambda norms: thresholds(norms, **options)[-1]
-
-
-def each(threshold):
-    """For all groups [steps, groups], from a function of one; of no use where a norm is not."""
-    return lambda norms: np.array(
-        [threshold(group) if 0 < group[-1] < np.inf else np.nan for group in norms.T]
-    )
-
-
-def ring_counts(size):
-    return lambda count: {"length": min(count, size), "cursor": count % size}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,24 +64,20 @@ class Case:
 
     Attributes:
         tx: The transformation.
-        thresholds: From the norms [steps, groups] so far, the current one last, to thresholds.
-        counts: What is in the rule's counters after so many positive, finite norms.
+        row: Its row of the table: thresholds and counters.
+        half: The second dtype of its gradients, after float32. It is compiled for these two.
         scope: Its scope.
         max_norm: Its ceiling.
-        above: By how much of itself a threshold may be larger than expected.
-        skips: Whether `skip_spikes` is around it, and momentum behind it.
-        half: What its gradients may be next to float32: one of the two, as each is compiled for.
-        eager: Whether it takes a step that is not jitted, now and then. Some need seconds for it.
+        skips: Whether `skip_spikes` is around it, and momentum after it.
+        eager: Whether some runs have a step that is not jitted.
     """
 
     tx: Any
-    thresholds: Callable
-    counts: Callable
+    row: Row
+    half: Any
     scope: str = "global"
     max_norm: float = np.inf
-    above: float = 1e-5
     skips: bool = False
-    half: Any = BFLOAT16
     eager: bool = True
 
 
@@ -125,63 +87,35 @@ def to_float32(updates, params=None):
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), updates)
 
 
-CASES = {
-    "autoclip": Case(
-        smartclip.autoclip(),
-        each(last_of(reference.lower_fence_thresholds)),
-        lambda count: {"num_recorded": count, **ring_counts(48)(count)},
-        eager=False,
-    ),
-    "autoclip_p90_per_layer": Case(
-        smartclip.autoclip(90.0, history=smartclip.ring_buffer(7), scope="per_layer"),
-        each(functools.partial(percentile, percent=90.0, size=7)),
-        ring_counts(7),
-        scope="per_layer",
-        half=FLOAT16,
-        eager=False,
-    ),
-    "autoclip_p95_geometric": Case(
-        smartclip.autoclip(95.0, history=smartclip.geometric_quantile()),
-        each(last_of(reference.geometric_estimates, percentile=95.0, rate=0.02)),
-        lambda count: {"length": min(count, 8), "cursor": min(count, 8) % 8},
-    ),
-    "autoclip_p10_log_histogram": Case(
-        smartclip.autoclip(10.0, history=smartclip.log_histogram(0.05)),
-        each(functools.partial(percentile_of_levels, percent=10.0)),
-        lambda count: {"num_at_most": count},
-        above=0.05 + 1e-5,
-        half=FLOAT16,
-    ),
-    "zscore_clip": Case(
-        smartclip.zscore_clip(),
-        each(last_of(reference.zscore_thresholds)),
-        lambda count: {"num_recorded": count},
-    ),
-    "zclip": Case(
-        smartclip.zclip(),
-        each(lambda norms: reference.zclip_thresholds(norms)[0][-1]),
-        lambda count: {"num_recorded": count},
-        max_norm=1.0,
-        half=FLOAT16,
-    ),
-    "adagc": Case(
-        smartclip.adagc(),
-        last_of(reference.adagc_thresholds),
-        lambda count: {"num_recorded": count},
-        scope="per_param",
-        eager=False,
-    ),
-    "skip_spikes": Case(
-        smartclip.skip_spikes(
-            optax.chain(smartclip.autoclip(), optax.stateless(to_float32), optax.trace(MOMENTUM))
-        ),
-        each(last_of(reference.lower_fence_thresholds)),
-        lambda count: {"num_recorded": count, **ring_counts(48)(count)},
-        skips=True,
-        half=FLOAT16,
-        eager=False,
-    ),
+# Arguments that the table does not have.
+OPTIONS = {
+    "autoclip_p90_per_layer": {"scope": "per_layer"},
+    "zclip": {"max_norm": 1.0},
 }
+# An eager step takes seconds in these.
+SLOW = {"autoclip", "autoclip_p90_per_layer", "adagc"}
+
+
+def case_of(name, half):
+    row = TABLE[name]
+    options = {"scope": default_scope(row.factory), **OPTIONS.get(name, {})}
+    return Case(row.factory(**options), row, half, **options, eager=name not in SLOW)
+
+
+CASES = {
+    name: case_of(name, half)
+    for name, half in zip(rows_of(MACHINE), itertools.cycle([BFLOAT16, FLOAT16]), strict=False)
+}
+CASES["skip_spikes"] = Case(
+    smartclip.skip_spikes(
+        optax.chain(smartclip.autoclip(), optax.stateless(to_float32), optax.trace(MOMENTUM))
+    ),
+    TABLE["autoclip"],
+    FLOAT16,
+    skips=True,
+    eager=False,
+)
+OUTLIERS = running_reference.outliers()
 
 
 class Steps:
@@ -198,12 +132,12 @@ class Steps:
         return self.case.tx.update(grads, state)
 
     def jitted(self, grads, state):
-        # Half of what there would be to compile if each dtype had both.
+        # Each dtype has one of the two, which halves the time of compilation.
         step = self._donated if dtype_of(grads) == FLOAT32 else self._kept
         return step(grads, state)
 
     def eager(self, grads, state):
-        # Annotations, which tests enforce, know none of NumPy's arrays, as of a checkpoint.
+        # A restored state has NumPy's arrays, which the annotations that tests enforce refuse.
         return self.case.tx.update(grads, jax.tree.map(jnp.asarray, state))
 
     @functools.cached_property
@@ -218,7 +152,7 @@ class Steps:
 
 
 def gradient(seed, size, dtype=FLOAT32):
-    """A random gradient; what is beyond its dtype becomes infinite."""
+    """A random gradient. Elements beyond its dtype become infinite."""
     rng = np.random.default_rng(seed)
 
     def leaf(shape):
@@ -237,7 +171,7 @@ def numpy_copy(tree):
 
 
 def kinds(tree):
-    """What `jit` would have to recompile for, if it changed."""
+    """The properties for which `jit` compiles again when they change."""
     leaves, structure = jax.tree.flatten(tree)
     return structure, [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in leaves]
 
@@ -252,8 +186,8 @@ def split(case, tree):
     return [[leaves[place] for place in places] for places in GROUPS[case.scope]]
 
 
-def learnt(state):
-    """The leaves of a state by path, but for the reported record."""
+def learned(state):
+    """The leaves of a state by path, without the reported record."""
     return {
         jax.tree_util.keystr(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
@@ -261,25 +195,25 @@ def learnt(state):
     }
 
 
-def agrees(actual, expected, above=1e-5):
-    """Whether a threshold is what it should be, or up to `above` more."""
+def agrees(actual, low, high):
+    """Whether a threshold is between two bounds, which may be equal."""
     with np.errstate(over="ignore", invalid="ignore"):
-        # Whether something at the very end of float32 is still finite depends on rounding.
-        if expected > LARGEST * (1 - 1e-5):
+        # Whether a number next to the largest float32 is still finite depends on rounding.
+        if low > LARGEST * (1 - 1e-5):
             return actual > LARGEST * (1 - 1e-4)
-        return expected * (1 - 1e-5) - 8 * TINY <= actual <= expected * (1 + above) + 8 * TINY
+        return low * (1 - 1e-5) - 8 * TINY <= actual <= high * (1 + 1e-5) + 8 * TINY
 
 
 @dataclasses.dataclass
 class Book:
-    """What has happened, in plain Python: norms as they arrived, and counts.
+    """A record of the run in plain Python: norms as they arrived, and counts.
 
     Attributes:
-        norms: Those that the clipper was given, a row for each step.
+        norms: The norms that the clipper was given, a row for each step.
         clipped: How often each group was clipped.
         seen: With `skip_spikes`, the norm of every step, dropped ones included.
         skipped: How many steps were dropped.
-        in_a_row: How many spikes since the last step that was not.
+        in_a_row: The number of spikes since the last step that was not one.
     """
 
     norms: list = dataclasses.field(default_factory=list)
@@ -300,12 +234,13 @@ class Book:
         norms = np.array(self.norms, np.float64)
         now, finite = norms[-1], np.isfinite(norms)
 
-        expected = np.minimum(case.thresholds(norms), case.max_norm)
-        clipped = finite[-1] & (now > expected)
+        expected = np.minimum(case.row.thresholds(norms)[..., -1, :], case.max_norm)
+        low, high = expected if expected.ndim == 2 else (expected, expected)
+        clipped = finite[-1] & (now > low)
         for group in np.flatnonzero(finite[-1] & (now > 0)):
-            threshold = last.clip_threshold[group]
-            assert agrees(threshold, expected[group], case.above), (threshold, expected[group])
-            if agrees(now[group], expected[group], case.above):
+            threshold, bounds = last.clip_threshold[group], (low[group], high[group])
+            assert agrees(threshold, *bounds), (threshold, bounds)
+            if agrees(now[group], *bounds):
                 clipped[group] = now[group] > threshold
         assert np.isfinite(jax.tree.leaves(last)).all()
         np.testing.assert_array_equal(last.clipped, clipped)
@@ -317,11 +252,11 @@ class Book:
         np.testing.assert_array_equal(last.num_nonfinite, steps - finite.sum(axis=0))
         positive = (finite & (norms > 0)).sum(axis=0)
         np.testing.assert_array_equal(clip.num_observed, positive)
-        counters = [case.counts(int(count)) for count in positive]
-        found = learnt(clip.rule)
+        counters = [case.row.counters(int(count)) for count in positive]
+        found = learned(clip.rule)
         for name in counters[0]:
             (leaf,) = (leaf for path, leaf in found.items() if path.endswith(name))
-            # The last entry of a histogram is how many norms there were.
+            # The last entry of a histogram is the number of all norms.
             leaf = leaf[:, -1] if leaf.ndim == 2 else leaf
             np.testing.assert_array_equal(leaf, [count[name] for count in counters])
         return False
@@ -332,11 +267,12 @@ class Book:
         self.seen.append(float(reference.unreported(last.skip_norm)))
         seen = np.array(self.seen)
         finite = np.isfinite(seen)
-        expected = outlier(seen)
-        assert agrees(last.skip_norm_threshold, expected), (last.skip_norm_threshold, expected)
+        expected = OUTLIERS(seen[:, None])[-1, 0]
+        threshold = last.skip_norm_threshold
+        assert agrees(threshold, expected, expected), (threshold, expected)
         spike = seen[-1] > expected
-        if agrees(seen[-1], expected):
-            spike = seen[-1] > last.skip_norm_threshold
+        if agrees(seen[-1], expected, expected):
+            spike = seen[-1] > threshold
         dropped = not finite[-1] or bool(spike and self.in_a_row < 32)
         if finite[-1] and seen[-1] > 0:
             self.in_a_row = self.in_a_row + 1 if dropped else 0
@@ -350,7 +286,7 @@ class Book:
 
 
 def check_norm(actual, expected):
-    """That a norm is what it is, but for elements below the normal numbers."""
+    """Compares two norms, which may differ by elements below the normal numbers."""
     if expected > LARGEST * (1 - 1e-6) or not np.isfinite(expected):
         assert actual > LARGEST * (1 - 1e-5)
     else:
@@ -358,12 +294,12 @@ def check_norm(actual, expected):
 
 
 def smallest(array):
-    """What may be lost of an element: a number below the normal ones may be flushed to zero."""
+    """The largest element that may be lost, as numbers below the normal ones may become zero."""
     return max(TINY, float(jnp.finfo(array.dtype).smallest_subnormal))
 
 
 def check_updates(case, grads, updates, record, before):
-    """That each group is its gradient times its scale, and no longer than its threshold."""
+    """Checks that each group is its gradient times its scale, and within its threshold."""
     record = jax.tree.map(np.atleast_1d, record)
     norms, limits, scales = (
         x.astype(np.float64) for x in (record.grad_norm, record.clip_threshold, record.clip_scale)
@@ -381,7 +317,7 @@ def check_updates(case, grads, updates, record, before):
         for place, (g, u) in enumerate(zip(grad, update, strict=True)):
             assert u.dtype == (np.float32 if case.skips else g.dtype)
             clipped = scales[number] * g.astype(np.float64) if finite[number] else np.zeros(g.shape)
-            # What is not clipped is what it was, to the bit.
+            # A group within its threshold keeps every bit.
             rounding = float(jnp.finfo(g.dtype).eps) + 1e-6 if over[number] else 0.0
             unsure = rounding * abs(clipped) + 4 * smallest(g)
             if case.skips:
@@ -417,7 +353,7 @@ class TrainingRun(RuleBasedStateMachine):
         self.saved = self.restored = None
 
     def take(self, grads, step=None):
-        """A step, of the restored run as well if there is one, and all that holds after it."""
+        """Takes a step, also of the restored run if there is one, and checks everything."""
         step = step or self.steps.jitted
         updates, self.state = step(grads, self.state)
         if self.restored is not None:
@@ -428,7 +364,7 @@ class TrainingRun(RuleBasedStateMachine):
         assert kinds(self.state) == self.kinds
         assert jax.tree.structure(updates) == jax.tree.structure(grads)
         after = numpy_copy(self.state)
-        assert all(np.isfinite(leaf).all() for leaf in learnt(after).values())
+        assert all(np.isfinite(leaf).all() for leaf in learned(after).values())
         if self.book.add(self.case, grads, after):
             assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(updates))
             assert_same_bits(after.inner_state, self.before.inner_state)
@@ -528,7 +464,7 @@ def test_no_sequence_of_events_breaks_a_promise(name):
 
 
 def wrong(change=None, **functions):
-    """zscore_clip(), but for functions of its rule or what `change` does to a step."""
+    """zscore_clip() with functions of its rule replaced, or each step changed by `change`."""
     clipper = smartclip.clip_by_rule(zscore_rule(3.0, 0.99)._replace(**functions), warmup_steps=1)
 
     def update(grads, state, params=None):
@@ -587,14 +523,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("defect", BROKEN)
-def test_a_broken_clipper_is_found_out(defect):
+def test_a_broken_clipper_is_found(defect):
     runs = machine(BROKEN[defect]())
     # JAX itself warns that a state of another shape cannot be donated.
     with pytest.raises((AssertionError, UserWarning)):
         run_state_machine_as_test(runs, settings=UNTIL_FOUND)
 
 
-def test_a_run_that_is_restored_without_its_history_is_found_out():
+def test_a_run_that_is_restored_without_its_history_is_found():
     class Forgetful(machine(CASES["zscore_clip"])):
         def restore(self):
             restored = jax.tree.map(jnp.asarray, super().restore())

@@ -1,6 +1,6 @@
 """States that were saved by earlier versions go on in this one as they did then.
 
-`stored/stored_states.py` has written them, a folder for each version.
+`helpers/stored_states.py` has written them, a folder for each version.
 """
 
 import json
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import reference
 import stored_states
+from clipper_table import CLIPPERS
 from documents import ROOT
 
 import optax_smartclip as smartclip
@@ -26,7 +27,7 @@ STORED = [
 # Version 0.1.0 reported one unit of `agc`, and whether it was clipped. Nothing depends on it.
 AGC_THEN = {"last/clipped": "bool[]"}
 AGC_REPORTED = ("grad_norm", "clip_threshold", "clip_scale", "clipped")
-# It learnt from a gradient of zero, which stands here in the stream: the steps before are the same.
+# It learned from a gradient of zero. Only the steps before the one at this place are the same.
 ZERO_STEP = {"v0.1.0": 5}
 every_version = pytest.mark.parametrize("version", VERSIONS, ids=lambda version: version.name)
 every_state = pytest.mark.parametrize(("version", "name"), STORED)
@@ -66,7 +67,7 @@ def check_layout(what, today, stored):
 def test_a_stored_state_goes_on_as_it_did_when_it_was_stored(version, name):
     params, grads, losses = stream(version)
     stored = load(version / f"{name}.json")
-    tx = stored_states.CLIPPERS[name]()
+    tx = stored_states.clippers(version.name)[name]()
     target = tx.init(params)
     layout = stored_states.layout(target) | (AGC_THEN if name == "agc" else {})
     check_layout(f"{name} of {version.name}", layout, stored["layout"])
@@ -86,7 +87,7 @@ def test_a_stored_state_goes_on_as_it_did_when_it_was_stored(version, name):
             actual = actual[key.key]
         actual, wanted = np.asarray(actual)[:end], wanted[:end]
         if path[-1].key == "clip_threshold":
-            # Of a step without a norm, the threshold is reported and not used.
+            # The threshold of a step without a norm is reported and not used.
             judged = np.isfinite(expected["metrics"]["grad_norm"])[:end]
             actual, wanted = actual[judged], wanted[judged]
         # Counts and truth values have to be equal; rounding may differ between machines.
@@ -100,7 +101,7 @@ def test_a_stored_state_goes_on_as_it_did_when_it_was_stored(version, name):
 
 
 @every_version
-def test_what_is_stored_has_been_clipped_and_has_seen_bad_steps(version):
+def test_stored_runs_contain_clipped_and_bad_steps(version):
     for name in {path.stem for path in version.glob("*.msgpack")}:
         metrics = arrays(load(version / f"{name}.json"))["metrics"]
         assert np.all(metrics["num_steps"][0] > 20), name
@@ -132,12 +133,27 @@ def test_a_state_has_as_many_bytes_as_the_page_of_promises_says():
 
 
 def test_this_version_has_stored_a_state_of_every_clipper():
-    folder = stored_states.FOLDER / f"v{smartclip.__version__}"
-    assert folder in VERSIONS, "Run: python tests/stored/stored_states.py"
-    assert {path.stem for path in folder.glob("*.msgpack")} == set(stored_states.CLIPPERS)
+    version = f"v{smartclip.__version__}"
+    folder = stored_states.FOLDER / version
+    assert folder in VERSIONS, "Run: python tests/helpers/stored_states.py"
+    stored = {path.stem for path in folder.glob("*.msgpack")}
+    assert stored == stored_states.clippers(version).keys()
 
 
-def test_a_folder_that_is_there_is_not_written_again(tmp_path, monkeypatch, capsys):
+def test_a_new_version_stores_a_state_of_every_clipper(tmp_path, monkeypatch):
+    folder = tmp_path / "v99.0.0"
+    assert stored_states.clippers(folder.name).keys() > CLIPPERS.keys()
+    monkeypatch.setattr(stored_states, "FOLDER", tmp_path)
+    monkeypatch.setattr(smartclip, "__version__", "99.0.0")
+    monkeypatch.setattr(stored_states, "CLIPPERS", {"zscore_clip": smartclip.zscore_clip})
+    monkeypatch.setattr(stored_states, "SKIP_SPIKES", {})
+    stored_states.main([])
+    assert {path.stem for path in folder.glob("*.msgpack")} == {"autoclip_fading", "zscore_clip"}
+    for name in ("autoclip_fading", "zscore_clip"):
+        test_a_stored_state_goes_on_as_it_did_when_it_was_stored(folder, name)
+
+
+def test_a_folder_that_exists_is_not_written_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stored_states, "FOLDER", tmp_path)
     folder = tmp_path / f"v{smartclip.__version__}"
     folder.mkdir()

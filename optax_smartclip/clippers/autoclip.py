@@ -244,9 +244,12 @@ def _rule_of_quartiles(
         return jnp.where(limit > 0, limit, LARGEST)
 
     def record(state: FenceState, norms: Norms, thresholds: Norms) -> FenceState:
-        # Without a threshold, no norm is known: the count is that of another clipper, left by a
+        del thresholds  # A fence of known norms can overflow.
+        # Without a median, no norm is known: the count is that of another clipper, left by a
         # restore that fills what a checkpoint lacks from the initial state.
-        num_known = jnp.where(thresholds < LARGEST, state.num_recorded, 0)
+        median = history.percentile(state.history, 50.0)
+        is_known = (median > 0) & (median < LARGEST)
+        num_known = jnp.where(is_known, state.num_recorded, 0)
         return FenceState(
             history=history.record(state.history, norms, percentiles),
             num_recorded=optax.safe_increment(num_known),

@@ -78,12 +78,15 @@ def update_moments(mean: Norms, std: Norms, value: Norms, weight: Norms) -> tupl
 def safe_hypot(x: Norms, y: Norms) -> Norms:
     """`sqrt(x ** 2 + y ** 2)`, in which no square overflows, with a derivative of 0 at 0.
 
-    The derivative of `jnp.hypot` is NaN there since JAX 0.12.
+    The derivative of `jnp.hypot` is NaN at 0 since JAX 0.12, and NaN for small numbers, whose
+    squares underflow.
     """
-    x, y = jnp.abs(x), jnp.abs(y)
     zero = (x == 0) & (y == 0)
-    larger = jnp.where(zero, 1.0, jnp.maximum(x, y))
-    return jnp.where(zero, 0.0, larger * jnp.sqrt(1.0 + jnp.square(jnp.minimum(x, y) / larger)))
+    larger = jnp.where(zero, 1.0, jnp.maximum(jnp.abs(x), jnp.abs(y)))
+    # Any scale gives the same value, so the derivative needs none by the scale.
+    larger = jax.lax.stop_gradient(larger)
+    squares = jnp.where(zero, 1.0, jnp.square(x / larger) + jnp.square(y / larger))
+    return jnp.where(zero, 0.0, larger * jnp.sqrt(squares))
 
 
 def above_mean(state: MomentsState, z: Any) -> Norms:

@@ -218,6 +218,31 @@ def test_units_of_1e18_are_clipped():
     np.testing.assert_allclose(updates["w"], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("size", "dtype"), [(300.0, jnp.float16), (1e18, jnp.float32)])
+def test_units_whose_squares_are_large_are_clipped_and_not_dropped(size, dtype):
+    grads = jnp.full((4, 3), size, dtype)
+    updates, state = clip(grads, jnp.ones_like(grads), 0.25)
+    np.testing.assert_allclose(np.float64(updates), np.full((4, 3), 0.25), rtol=1e-3)
+    # In units of the threshold.
+    np.testing.assert_allclose(state.last.grad_norm, 2 * size / 0.5, rtol=1e-6)
+
+
+def test_optax_drops_units_in_float16():
+    # If this fails, Optax has been improved.
+    grads, params = jnp.full((4, 3), 300.0, jnp.float16), jnp.ones((4, 3), jnp.float16)
+    theirs, _ = jax.jit(optax.adaptive_grad_clip(0.25).update)(grads, optax.EmptyState(), params)
+    np.testing.assert_array_equal(theirs, np.zeros((4, 3)))
+
+
+def test_parameters_without_a_gradient_are_accepted():
+    grads, params = {"a": None, "b": jnp.full(4, 8.0)}, {"a": jnp.ones(2), "b": jnp.ones(4)}
+    updates, _ = clip(grads, params, 0.5)
+    assert updates["a"] is None
+    np.testing.assert_allclose(updates["b"], [0.5] * 4, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"structure|Expected None"):
+        optax.adaptive_grad_clip(0.5).update(grads, optax.EmptyState(), params)
+
+
 @pytest.mark.parametrize(
     "mask",
     [

@@ -176,3 +176,15 @@ def test_a_history_is_told_the_percentiles_that_it_will_be_asked_for(percentile)
     tx = smartclip.autoclip(percentile, history=ring._replace(record=record, percentile=answer))
     tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
     assert told == asked != set()
+
+
+@of_both_modes
+def test_a_norm_whose_multiple_overflows_is_counted_like_any_other(outliers_only):
+    tx = smartclip.autoclip(outliers_only=outliers_only)
+    norms = np.full((4, 1), 2.5e38, np.float32)
+    state, _ = jax.jit(
+        lambda norms: jax.lax.scan(
+            lambda state, norm: tx.update(norm, state)[::-1], tx.init(norms[0]), norms
+        )
+    )(norms)
+    np.testing.assert_array_equal(state.rule.num_recorded, [4])

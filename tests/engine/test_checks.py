@@ -8,6 +8,7 @@ import jaxtyping
 import numpy as np
 import optax
 import pytest
+from clipper_table import FUNCTIONS
 
 import optax_smartclip as smartclip
 from optax_smartclip import masks
@@ -28,9 +29,9 @@ def skip_spikes(**arguments):
     return smartclip.skip_spikes(optax.identity(), **arguments)
 
 
-CLIPPERS = [clip_by_rule, smartclip.autoclip, smartclip.zscore_clip, smartclip.agc]
+CLIPPERS = [clip_by_rule, *FUNCTIONS.values()]
 
-# What no number may be, whether or not it may be None.
+# Values that no number accepts, whether or not None is allowed.
 BAD = (NAN, True, False, np.True_, "1", 1j, [1.0], abs)
 NO_NUMBERS = (None, *BAD)
 

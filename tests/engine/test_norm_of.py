@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from clipper_table import FUNCTIONS, WEIGHT_BASED
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from steps import run
@@ -24,10 +25,7 @@ GRADS = [random_tree(1 + step, size, SHAPES) for step, size in enumerate([1.0, 2
 
 HISTORY_BASED = [
     partial(smartclip.clip_by_rule, smartclip.ThresholdRule(jnp.zeros, jnp.add, jnp.add)),
-    smartclip.autoclip,
-    smartclip.zscore_clip,
-    smartclip.zclip,
-    smartclip.adagc,
+    *(function for name, function in FUNCTIONS.items() if name not in WEIGHT_BASED),
 ]
 
 

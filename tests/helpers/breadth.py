@@ -1,18 +1,15 @@
-"""How broad the tests are: which combinations `make test` runs, and which `make test-long` adds.
+"""Which combinations of test values `make test` runs, and which ones `make test-long` adds.
 
-A mistake that shows in one clipper, one layout and one mode together, and in none of them with
-others, is rare, and each combination compiles programs of its own. `make test` runs each value of a
-product at least once. Where each clipper takes seconds, it runs one clipper of each kind. The other
-combinations have the mark `long`.
+Each combination compiles programs of its own. A mistake that shows in one combination of clipper,
+layout and mode, and in none of their other combinations, is rare. `make test` therefore runs each
+value of a product at least once. Where each clipper takes seconds, it runs one clipper of each
+kind. The other combinations have the mark `long`.
 """
 
 import itertools
 
 import pytest
-from clipper_table import CLIPPERS
-
-# Each has a scope, a memory and a rule that the others do not have.
-KINDS = {"autoclip", "autoclip_p95_per_param", "zclip", "agc"}
+from clipper_table import CLIPPERS, KINDS
 
 
 def _param(values, is_long):
@@ -20,7 +17,7 @@ def _param(values, is_long):
 
 
 def long_but(short, values):
-    """All values, those marked `long` that are not among the short ones."""
+    """All values. Those that are not among the short ones have the mark `long`."""
     return [_param((value,), value not in short) for value in values]
 
 
@@ -28,7 +25,7 @@ one_of_each_kind = pytest.mark.parametrize("name", long_but(KINDS, CLIPPERS))
 
 
 def each_value(*axes):
-    """All combinations, those marked `long` that are not needed to have each value once."""
+    """All combinations. Those that are not needed to have each value once have the mark `long`."""
     axes = [list(axis) for axis in axes]
     most = max(map(len, axes))
     needed = {tuple(number % len(axis) for axis in axes) for number in range(most)}

@@ -184,8 +184,8 @@ def zclip_thresholds(
     thresholds, edges = [], []
     for value in np.asarray(norms, np.float64):
         std = np.sqrt(variance)
-        learnt = len(first) >= warmup_steps
-        edge = mean + zmax * std if learnt else np.inf
+        learned = len(first) >= warmup_steps
+        edge = mean + zmax * std if learned else np.inf
         threshold = edge
         if np.isfinite(value) and value > edge:
             reciprocal = mean + zmax * std * zmax * std / (value - mean)
@@ -195,7 +195,7 @@ def zclip_thresholds(
         edges.append(edge)
         if not np.isfinite(value) or value == 0:
             continue
-        if not learnt:
+        if not learned:
             first.append(value)
             mean, variance = np.mean(first), np.var(first)
             continue

@@ -1,10 +1,10 @@
-"""Writes down what every clipper has learnt after some steps, and what it does in the next.
+"""Stores the state of every clipper after some steps, and its updates in the steps that follow.
 
     python tests/helpers/stored_states.py            the folder of the current version
-    python tests/helpers/stored_states.py --again    in place of one that is there
+    python tests/helpers/stored_states.py --again    overwrites a folder that exists
 
 `test_stored_states.py` restores the states of all versions and expects the same steps. The folder
-of a version that has been released is never written again: people have such checkpoints.
+of a released version is never written again, because people have such checkpoints.
 """
 
 import argparse
@@ -17,37 +17,58 @@ import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clipper_table import CLIPPERS, FUNCTIONS, TABLE
 
 import optax_smartclip as smartclip
 
 FOLDER = Path(__file__).parents[1] / "stored"
 
-# The arguments are those that the states were stored with. Where one is left out, its default may
-# not change: a run that was saved with it could not go on.
-CLIPPERS = {
-    "autoclip": partial(smartclip.autoclip, outliers_only=True),
-    "autoclip_percentile": partial(
-        smartclip.autoclip, 90.0, history=smartclip.ring_buffer(16), scope="per_layer"
-    ),
-    "autoclip_geometric": partial(
-        smartclip.autoclip, 90.0, history=smartclip.geometric_quantile(), scope="per_param"
-    ),
-    "autoclip_histogram": partial(smartclip.autoclip, 50.0, history=smartclip.log_histogram(0.5)),
-    "autoclip_fading_histogram": partial(
-        smartclip.autoclip, 50.0, history=smartclip.log_histogram(0.5, decay=0.9)
-    ),
-    "zscore_clip": smartclip.zscore_clip,
-    "zclip": partial(smartclip.zclip, warmup_steps=5, max_norm=None),
-    "adagc": partial(smartclip.adagc, warmup_steps=5, absolute_clip=None),
-    "agc": partial(smartclip.agc, 0.1),
+SKIP_SPIKES = {
     "skip_spikes": lambda: smartclip.skip_spikes(
         smartclip.autoclip(outliers_only=True, history=smartclip.ring_buffer(16)), window=16
-    ),
+    )
 }
+
+# The arguments that states of a version were stored with, which may never change. Where an argument
+# is left out, its default may not change either: a run that was saved with it could not go on.
+FROZEN = {
+    "v0.1.0": {
+        "autoclip": partial(smartclip.autoclip, outliers_only=True),
+        "autoclip_percentile": partial(
+            smartclip.autoclip, 90.0, history=smartclip.ring_buffer(16), scope="per_layer"
+        ),
+        "autoclip_geometric": partial(
+            smartclip.autoclip, 90.0, history=smartclip.geometric_quantile(), scope="per_param"
+        ),
+        "autoclip_histogram": partial(
+            smartclip.autoclip, 50.0, history=smartclip.log_histogram(0.5)
+        ),
+        "autoclip_fading_histogram": partial(
+            smartclip.autoclip, 50.0, history=smartclip.log_histogram(0.5, decay=0.9)
+        ),
+        "zscore_clip": smartclip.zscore_clip,
+        "zclip": partial(smartclip.zclip, warmup_steps=5, max_norm=None),
+        "adagc": partial(smartclip.adagc, warmup_steps=5, absolute_clip=None),
+        "agc": partial(smartclip.agc, 0.1),
+        **SKIP_SPIKES,
+    }
+}
+
+
+def clippers(version):
+    """The clippers of a version by the names of their files.
+
+    Versions after 0.1.0 store the rows of the batteries. If such a row changes, its arguments at
+    the time of the version go to `FROZEN`.
+    """
+    short_memory = smartclip.log_histogram(0.5, decay=0.9)
+    fading = {"autoclip_fading": partial(TABLE["autoclip_fading"].factory, history=short_memory)}
+    return FROZEN.get(version, {**CLIPPERS, **fading, **SKIP_SPIKES})
+
 
 # Called with nothing that sets a shape; only the shapes of their states are stored.
 DEFAULTS = {
-    "autoclip()": smartclip.autoclip,
+    **{f"{name}()": function for name, function in FUNCTIONS.items()},
     "autoclip(outliers_only=True)": partial(smartclip.autoclip, outliers_only=True),
     "autoclip(10.0)": partial(smartclip.autoclip, 10.0),
     "autoclip(95.0, history=geometric_quantile())": partial(
@@ -56,17 +77,13 @@ DEFAULTS = {
     "autoclip(10.0, history=log_histogram())": partial(
         smartclip.autoclip, 10.0, history=smartclip.log_histogram()
     ),
-    "zscore_clip()": smartclip.zscore_clip,
-    "zclip()": smartclip.zclip,
-    "adagc()": smartclip.adagc,
-    "agc()": smartclip.agc,
     "skip_spikes(autoclip())": lambda: smartclip.skip_spikes(smartclip.autoclip()),
     "skip_spikes(autoclip(outliers_only=True))": lambda: smartclip.skip_spikes(
         smartclip.autoclip(outliers_only=True)
     ),
 }
 
-# What a run that was saved by a version has to call today, where a default has changed.
+# The call that continues a run of a version whose defaults have changed.
 CALLED_TODAY = {
     "v0.1.0": {
         "autoclip()": "autoclip(outliers_only=True)",
@@ -76,7 +93,7 @@ CALLED_TODAY = {
 
 SEED = 0
 BEFORE, NEXT = 30, 8
-# Among the steps that were learnt and again among the next ones.
+# One step of each kind before the state is stored, and one after.
 NANS, ZEROS, SPIKES, LARGE = (12, 33), (15, 35), (20, 32), (26, 37)
 
 
@@ -124,7 +141,7 @@ def default_layouts(params):
 
 
 def to_json(tree):
-    """Text with as many digits as each number needs to be read back as it is."""
+    """Text with as many digits as each number needs to be read back exactly."""
 
     def plain(value):
         if isinstance(value, dict):
@@ -153,7 +170,7 @@ def write(folder):
     stream = {"seed": SEED, "params": params, "grads": following[0], "losses": following[1]}
     (folder / "stream.json").write_text(to_json(stream))
     (folder / "defaults.json").write_text(to_json(default_layouts(params)))
-    for name, make in CLIPPERS.items():
+    for name, make in clippers(folder.name).items():
         tx = make()
         state, _ = follow(tx, tx.init(jax.tree.map(jnp.asarray, params)), params, *before)
         _, steps = follow(tx, state, params, *following)

@@ -1,4 +1,6 @@
-"""Moments against NumPy in float64, and what rounding could do to them."""
+"""Moments against NumPy in float64, also where rounding could spoil them."""
+
+from inspect import signature
 
 import hypothesis
 import hypothesis.strategies as st
@@ -6,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
+from clipper_table import CLIPPERS
 
 import optax_smartclip as smartclip
 from optax_smartclip.histories.moments import (
@@ -45,7 +49,7 @@ def test_weights_of_one_over_n_give_the_mean_and_standard_deviation(values):
     largest = float(values.max())
     expected = np.float64(values)
     assert float(mean) == pytest.approx(expected.mean(), rel=1e-5)
-    # A value far below the largest has no say in how exact the result is.
+    # The error is relative to the largest value.
     assert float(std) == pytest.approx(expected.std(), rel=1e-5, abs=1e-6 * largest)
 
 
@@ -105,7 +109,15 @@ def test_the_root_of_the_sum_of_squares_has_no_square_that_overflows_or_is_lost(
 
 
 @pytest.mark.parametrize(
-    ("x", "y", "expected"), [(0, 0, (0, 0)), (3, -4, (0.6, -0.8)), (5, 0, (1, 0))]
+    ("x", "y", "expected"),
+    [
+        (0, 0, (0, 0)),
+        (3, -4, (0.6, -0.8)),
+        (5, 0, (1, 0)),
+        (3e-30, -4e-30, (0.6, -0.8)),
+        (3e-25, 4e30, (0, 1)),
+        (3e38, 4e-38, (1, 0)),
+    ],
 )
 def test_the_root_of_the_sum_of_squares_has_a_derivative_everywhere(x, y, expected):
     slopes = jax.grad(lambda x, y: safe_hypot(x, y)[0], (0, 1))(jnp.float32([x]), jnp.float32([y]))
@@ -113,7 +125,7 @@ def test_the_root_of_the_sum_of_squares_has_a_derivative_everywhere(x, y, expect
 
 
 def test_the_moments_of_no_norms_are_zero():
-    # Ones would do for all but norms so small that they are lost next to one.
+    # Starting with ones would lose norms that are small next to one.
     for leaf in jax.tree.leaves(init_moments(2)):
         np.testing.assert_array_equal(leaf, [0, 0])
 
@@ -148,22 +160,18 @@ def test_a_decay_rounded_to_one_is_the_nearest_that_could_have_been_meant(decay,
     assert jnp.asarray(1 - 2.01 * weight, dtype) < 1
 
 
+AVERAGING = [name for name, make in CLIPPERS.items() if "decay" in signature(make).parameters]
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize(
-    "clipper",
-    [
-        smartclip.zscore_clip,
-        lambda decay: smartclip.zclip(decay=decay, max_norm=None, warmup_steps=4),
-        lambda decay: smartclip.adagc(decay=decay, absolute_clip=None, warmup_steps=4),
-    ],
-    ids=["zscore_clip", "zclip", "adagc"],
-)
-def test_a_decay_rounded_to_one_still_learns(clipper, dtype):
-    tx = clipper(decay=jnp.asarray(0.9999 if dtype == jnp.float16 else 0.999, dtype))
+@pytest.mark.parametrize("name", AVERAGING)
+def test_a_decay_rounded_to_one_still_learns(name, dtype):
+    decay = jnp.asarray(0.9999 if dtype == jnp.float16 else 0.999, dtype)
+    tx = CLIPPERS[name](decay=decay, warmup_steps=4)
     state, update = tx.init(jnp.zeros(())), jax.jit(tx.update)
     for _ in range(4):
         _, state = update(jnp.ones(()), state)
-    # As after a long run, when the plain average of all norms has no say any more.
+    # A state after a long run, when the plain average of all norms has no effect any more.
     old = state.replace(rule=state.rule.replace(num_recorded=jnp.full(1, 2**31 - 2, jnp.int32)))
     _, state = update(jnp.asarray(0.98, jnp.float32), old)
     before, after = (
@@ -171,3 +179,25 @@ def test_a_decay_rounded_to_one_still_learns(clipper, dtype):
         for rule in (old.rule, state.rule)
     )
     assert after[0] < before[0]
+
+
+@pytest.mark.parametrize("unit", [1e-25, 1.0, 1e25])
+@pytest.mark.parametrize("spread", [0.011, 1e-5])
+def test_the_deviation_of_norms_neither_cancels_nor_overflows_nor_vanishes(unit, spread):
+    # E[x^2] - E[x]^2 in float32 would be off by a per cent here, and 0 or infinite in other units.
+    noise = np.random.default_rng(0).normal(size=800)
+    norms = np.float32(unit * (1 + spread * noise))
+    expected = reference.zscore_thresholds(np.float64(norms) / unit)
+    thresholds = reference.unreported(np.float64(zscore_thresholds(norms)))
+    np.testing.assert_allclose(thresholds / unit, expected, rtol=1e-5)
+
+
+@jax.jit
+def zscore_thresholds(norms):
+    tx = smartclip.zscore_clip()
+
+    def step(state, norm):
+        _, state = tx.update(norm, state)
+        return state, state.last.clip_threshold
+
+    return jax.lax.scan(step, tx.init(norms[0]), norms)[1]

@@ -1,14 +1,14 @@
 """Mutation testing: finds small mistakes in the library that the tests would not notice.
 
-Each mutant is written into a copy of the tree, where the tests of its module run until one fails.
-`survivors.toml` gives the reason why a mutant that passes all of them is acceptable.
+Each mutant is written into a copy of the tree. The tests that judge its module run there until one
+fails. `survivors.toml` has the reason why a mutant may live if no test kills it.
 
     python tests/mutation/run.py --modules norms scaling --workers 2
     python tests/mutation/run.py --resume           # without those that the last run has killed
 
-A worker is forked for each mutant from a process that has imported JAX, but has neither compiled
-anything nor imported the library. Programs that a mutant does not change are loaded from a cache on
-disk; only the changed ones are compiled again.
+A worker is forked for each mutant from a process that has imported JAX, but neither compiled
+anything nor imported the library. Programs that a mistake does not change are read from disk. The
+others are compiled again.
 """
 
 import argparse
@@ -39,24 +39,20 @@ ROOT = HERE.parents[1]
 PACKAGE = "optax_smartclip"
 TARGET = 0.9
 
-# A module is judged by the test file of the same name, unless it is in OTHER_TESTS.
-MODULES = {
-    "histories": "geometric_quantile log_histogram moments ranks ring_buffer",
-    "clippers": (
-        "adagc agc autoclip clip_micro_batches keep_last_good observe_norms skip_spikes "
-        "spectral_clip stable_adamw where_skipped zclip zscore_clip"
-    ),
-    "engine": (
-        "checks culprits dtypes groups known_norms learning matrices meshes metrics "
-        "norm_of norms partitions rule scaling singular_values stacks states trees units"
-    ),
-    "checkpoints": "graft regroup",
+FOLDERS = ("histories", "clippers", "engine", "checkpoints")
+PATHS = {
+    path.stem: f"{folder}/{path.name}"
+    for folder in FOLDERS
+    for path in sorted((ROOT / PACKAGE / folder).glob("*.py"))
 }
-PATHS = {name: f"{folder}/{name}.py" for folder in MODULES for name in MODULES[folder].split()}
+# The test file of its name judges a module, except for these.
 OTHER_TESTS = {
     "dtypes": ["engine/test_norms.py", "engine/test_scaling.py"],
+    "flax_states": ["engine/test_states.py"],
+    "history": ["histories/test_ring_buffer.py"],
     "known_norms": ["clippers/test_skip_spikes.py"],
     "learning": ["engine/test_rule.py", "clippers/test_skip_spikes.py"],
+    "late_imports": ["engine/test_states.py"],
     "matrices": ["clippers/test_spectral_clip.py"],
     "meshes": ["integration/test_shard_map.py"],
     "regroup": ["checkpoints/test_graft.py"],
@@ -115,7 +111,7 @@ class Judge:
         )
         hypothesis.settings.load_profile("mutation")
         jax.config.update("jax_compilation_cache_dir", self.compiled)
-        least = 1e9 if self.is_mutant else 0.0  # No other run needs the programs of a mutant.
+        least = 1e9 if self.is_mutant else 0.0  # No other mutant needs the programs of this one.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
@@ -142,7 +138,7 @@ def judge(
 
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY, MAX_MEMORY))
     if max_seconds is not None:
-        # CPU time, so that a mutant does not look killed on a busy machine.
+        # Processor time, so that no mutant looks dead because the machine is busy.
         resource.setrlimit(resource.RLIMIT_CPU, (max_seconds, max_seconds))
     with open(Path(root, "output.txt"), "w") as output:
         os.dup2(output.fileno(), 1)
@@ -165,7 +161,7 @@ def judge(
 
 
 def run_tests(context: Any, *args: Any) -> tuple[bool, str, float]:
-    """Returns the verdict of `judge`; if its process dies or hangs, the tests have failed."""
+    """The result that `judge` sends. If it dies or hangs, the tests have failed."""
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=judge, args=(*args, sender))
     process.start()
@@ -181,7 +177,7 @@ def run_tests(context: Any, *args: Any) -> tuple[bool, str, float]:
 
 
 def copy_tree(target: Path) -> None:
-    """Copies the working tree, without files that git ignores."""
+    """Copies the working tree without ignored files."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode()
     for name in filter(None, names.split("\0")):
@@ -259,7 +255,7 @@ def report(results: Iterable[dict[str, Any]]) -> bool:
 
 
 def main() -> None:
-    """Runs the chosen mutants; exits with 1 if too many survive, or any without a reason."""
+    """Runs the chosen mutants. The exit status is 1 if too many survive, or one has no reason."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--modules", nargs="+", choices=PATHS, default=list(PATHS))
     parser.add_argument("--workers", type=int, default=2)
