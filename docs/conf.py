@@ -21,6 +21,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
     "docstrings",
+    "narrow",
     "source_pages",
 ]
 exclude_patterns = ["_build", "_ext", "**/.ipynb_checkpoints"]
@@ -63,6 +64,7 @@ if _mathjax is not None and _mathjax.origin is not None:
 html_theme = "sphinx_book_theme"
 html_title = "optax-smartclip"
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {

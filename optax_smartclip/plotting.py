@@ -39,7 +39,7 @@ _CLIP_FIELDS = ("grad_norm", "clip_threshold", "clip_scale", "num_steps")
 _SKIP_FIELDS = ("skip_norm", "skip_norm_threshold", "skipped", "num_skipped")
 _SHARE_FIELDS = ("norm_share",)
 
-# Okabe and Ito's colours, for any colour vision. Marks differ in shape as well, for print in grey.
+# Okabe and Ito's colors, for any color vision. Marks differ in shape as well, for print in gray.
 _STYLES: dict[str, dict[str, Any]] = {
     "norm": {"color": "#0072B2", "linewidth": 0.8},
     "threshold": {"color": "#E69F00", "linewidth": 1.8, "zorder": 3},
@@ -50,8 +50,8 @@ _STYLES: dict[str, dict[str, Any]] = {
     "zero": {"color": "black", "marker": "+"},
 }
 
-# One of two neighbouring areas is darker than the other.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#F0E442", "#D55E00", "#56B4E9", "#CC79A7")
+# One of two neighboring areas is darker than the other.
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#F0E442", "#D55E00", "#56B4E9", "#CC79A7")
 
 # As much as a picture has room for. A column of a heat map is a pixel wide at least, so that no
 # clipped step is lost.
@@ -171,11 +171,11 @@ def plot_groups(
 ) -> Axes:
     """Draws the clip scale of each group over the steps: the darker, the further it was clipped.
 
-    NaN and Inf norms are grey, with a cross. Of more than 500 steps, a column shows the darkest of
+    NaN and Inf norms are gray, with a cross. Of more than 500 steps, a column shows the darkest of
     several. Steps in which the clipper did not run are left out.
 
     Of several seeds, a shade is the median of their scales. A cross says that a norm of one of them
-    was not finite, and grey that those of all were.
+    was not finite, and gray that those of all were.
 
     Args:
         metrics: As for `plot_norms`; so are `clipper`, `seed_axis`, `steps` and `ax`.
@@ -186,7 +186,7 @@ def plot_groups(
         ax: Where to draw.
 
     Returns:
-        The axes. Its figure has got a colour bar.
+        The axes. Its figure has a color bar.
 
     Raises:
         ValueError: If an argument is not as described here.
@@ -213,16 +213,16 @@ def plot_groups(
     labels = _check_labels(labels, num_groups)
     starts = _columns(x)
     least = np.fmin.reduceat(scale, starts).T
-    crossed, grey = (
+    crossed, gray = (
         np.logical_or.reduceat(mask, starts).T
         for mask in ((ran & ~finite).any(axis=2), ~finite.any(axis=2))
     )
     edges = _edges(x, starts)
 
     ax = _new_axes() if ax is None else ax
-    y, shades = np.arange(num_groups + 1) - 0.5, np.ma.masked_where(grey, least)
-    colours = plt.get_cmap("Blues_r").with_extremes(bad="0.75")
-    image = ax.pcolormesh(edges, y, shades, cmap=colours, clim=(0.0, 1.0), rasterized=True)
+    y, shades = np.arange(num_groups + 1) - 0.5, np.ma.masked_where(gray, least)
+    colors = plt.get_cmap("Blues_r").with_extremes(bad="0.75")
+    image = ax.pcolormesh(edges, y, shades, cmap=colors, clim=(0.0, 1.0), rasterized=True)
     label = "clip scale" if num_seeds == 1 else f"clip scale, median of {num_seeds} seeds"
     ax.figure.colorbar(image, ax=ax, label=label, pad=0.02)
     rows, columns = np.nonzero(crossed)
@@ -244,8 +244,8 @@ def plot_shares(
 ) -> Axes:
     """Draws who held the norm over the steps: the share of each group in the squared norm, stacked.
 
-    The groups with the largest share in any step have a colour each, that with the largest mean at
-    the bottom; the others together are grey. A step whose gradient was zero is a gap.
+    The groups with the largest share in any step have a color each, that with the largest mean at
+    the bottom; the others together are gray. A step whose gradient was zero is a gap.
 
     Of more than 500 steps, a column shows one of several: that whose shares are furthest from the
     mean ones. Of several seeds, shares are their mean.
@@ -254,7 +254,7 @@ def plot_shares(
         metrics: As for `plot_norms`, with the record of one `observe_norms`; so are `seed_axis`,
             `steps` and `ax`.
         labels: The name of each group, from `smartclip.group_labels`; by default 0, 1, ...
-        top: How many groups have a colour of their own, from 1 to 7.
+        top: How many groups have a color of their own, from 1 to 7.
         seed_axis: Which axis counts the seeds, if one does: 0 or 1.
         steps: The number of each step.
         ax: Where to draw.
@@ -282,8 +282,8 @@ def plot_shares(
     (shares,) = (record["norm_share"].mean(axis=2) for record in records.values())
     num_groups = shares.shape[1]
     labels = _check_labels(labels, num_groups)
-    if top not in range(1, len(_COLOURS) + 1):
-        raise ValueError(f"`top` must be an int from 1 to {len(_COLOURS)}, got {top!r}.")
+    if top not in range(1, len(_COLORS) + 1):
+        raise ValueError(f"`top` must be an int from 1 to {len(_COLORS)}, got {top!r}.")
 
     # A spike of one step has the largest share and hardly a mean.
     largest = np.argsort(-shares.max(axis=0), kind="stable")[:top]
@@ -300,8 +300,8 @@ def plot_shares(
 
     ax = _new_axes() if ax is None else ax
     # The last column a second time: it ends where the next would begin.
-    heights, colours = np.vstack([areas, areas[-1:]]).T, [*_COLOURS[: len(largest)], "0.8"]
-    ax.stackplot(_edges(x, starts), heights, labels=names, colors=colours, step="post", linewidth=0)
+    heights, colors = np.vstack([areas, areas[-1:]]).T, [*_COLORS[: len(largest)], "0.8"]
+    ax.stackplot(_edges(x, starts), heights, labels=names, colors=colors, step="post", linewidth=0)
     ax.set(xlabel="step", ylabel="share of the squared norm", ylim=(0, 1))
     ax.margins(x=0)
     # From above, as they are stacked.

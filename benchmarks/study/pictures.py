@@ -1,6 +1,6 @@
 """The two pictures of the study: loss against rate, and an overview of all arms and tasks."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -24,6 +24,8 @@ COLOURS = {
 }
 COLUMNS = 4
 MIN_WIDTH = 7.0
+# A page shows each picture at the same width, so that a wide one needs larger text.
+WIDE = {"font.size": 13.5, "lines.markersize": 8}
 
 
 def of_arms(table: Table) -> dict[str, Outcome]:
@@ -36,6 +38,19 @@ def draw_rates(path: Path, tasks: Mapping[str, Task], tables: Mapping[str, Table
     rows = -(-len(tables) // COLUMNS)
     columns = min(COLUMNS, len(tables))
     size = max(3.4 * columns, MIN_WIDTH), 2.7 * rows + 0.8
+    with plt.rc_context(WIDE if columns == COLUMNS else {}):
+        figure = _panels(rows, columns, size, tasks, tables)
+        figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _panels(
+    rows: int,
+    columns: int,
+    size: tuple[float, float],
+    tasks: Mapping[str, Task],
+    tables: Mapping[str, Table],
+) -> plt.Figure:
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis, (name, table) in zip(axes.flat, tables.items(), strict=False):
         _draw_task(axis, tasks[name], table)
@@ -47,8 +62,8 @@ def draw_rates(path: Path, tasks: Mapping[str, Task], tables: Mapping[str, Table
         handles["other clippers"] = plt.Line2D([], [], color="lightgrey")
     handles["diverges"] = plt.Line2D([], [], color="grey", marker="x", linestyle="")
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figure.supxlabel("peak learning rate", fontsize="medium")
+    return figure
 
 
 def _draw_task(axis: plt.Axes, task: Task, table: Table) -> None:
@@ -62,7 +77,8 @@ def _draw_task(axis: plt.Axes, task: Task, table: Table) -> None:
         axis.scatter(
             np.array(table.rates)[some], losses[some], 60 * share[some], colour, marker="x"
         )
-    axis.set(xscale="log", title=task.title, xlabel="peak learning rate", ylabel=task.unit)
+    axis.set(xscale="log", title=task.title, ylabel=task.unit)
+    axis.title.set_fontsize("medium")
 
 
 def draw_overview(path: Path, tasks: Mapping[str, Task], tables: Mapping[str, Table]) -> None:
@@ -72,21 +88,26 @@ def draw_overview(path: Path, tasks: Mapping[str, Task], tables: Mapping[str, Ta
     for column, table in enumerate(tables.values()):
         for arm, figures in lost_progress(of_arms(table)).items():
             lost[arms.index(arm), column] = 100 * figures.mean()
-    figure, axis = plt.subplots(
-        figsize=(0.62 * len(tables) + 4.6, 0.34 * len(arms) + 2.2), layout="constrained"
-    )
+    with plt.rc_context(WIDE):
+        figure = _heat_map(lost, arms, [tasks[name].title for name in tables])
+        figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _heat_map(lost: np.ndarray, arms: Sequence[str], titles: Sequence[str]) -> plt.Figure:
+    rows, columns = lost.shape
+    size = 0.62 * columns + 4.6, 0.38 * rows + 2.6
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
     image = axis.imshow(lost, cmap="Reds", norm=mpl.colors.PowerNorm(0.5, 0, 50), aspect="auto")
     for (row, column), figure_lost in np.ndenumerate(lost):
         if np.isfinite(figure_lost):
             colour = "white" if figure_lost > 25 else "black"
             text = f"{figure_lost:.0f}" if figure_lost >= 9.5 else f"{figure_lost:.1f}"
-            axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
-    titles = [tasks[name].title for name in tables]
-    axis.set_xticks(range(len(tables)), titles, rotation=40, ha="right")
-    axis.set_yticks(range(len(arms)), arms)
-    figure.colorbar(image, label="% of progress lost")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+            axis.text(column, row, text, ha="center", va="center", color=colour, fontsize="small")
+    axis.set_xticks(range(columns), titles, rotation=40, ha="right")
+    axis.set_yticks(range(rows), arms)
+    figure.colorbar(image, label="% of progress lost", pad=0.01)
+    return figure
 
 
 def draw(folder: Path, tasks: Mapping[str, Task], tables: Mapping[str, Table]) -> Iterable[Path]:

@@ -21,7 +21,7 @@ import optax_smartclip
 
 PUBLIC = {*optax_smartclip.__all__} - {"masks"}
 NAME = re.compile(r"^(?:optax_smartclip\.|smartclip\.|sc\.)?((?:masks\.)?\w+)(\(.*\))?$", re.DOTALL)
-PLURAL = re.compile(r"(`[^`\n]+`)(?=\w)")
+PLURAL = re.compile(r"(`[^`\n]+`)(?=[a-z])")
 SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Example):$")
 
 

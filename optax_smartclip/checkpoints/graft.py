@@ -1,4 +1,4 @@
-"""Adopting a clipper, or another model, in a run under way without losing what it has learnt."""
+"""Adopting a clipper, or another model, in a run under way without losing what it has learned."""
 
 import dataclasses
 from collections import Counter, defaultdict

@@ -68,7 +68,7 @@ def adagc(
     by 18 % on average. And as published, **a threshold can rise by at most 0.04 % a step** (the
     average takes 1 % of a norm that is at most 1.04 times as large): it takes more than 5,000
     steps to follow a tenfold rise of constant norms, and more than 9,000 to get from
-    `absolute_clip` to norms 50 times as large. `record_limit=3.0` mends this: norms are then
+    `absolute_clip` to norms 50 times as large. `record_limit=3.0` fixes this: norms are then
     recorded as at most three times the average, which follows a tenfold rise in some 250 steps.
 
     Differences to the publication: zeros are not recorded (one in warm-up would set the threshold

@@ -83,7 +83,7 @@ def autoclip(
     min_scale: Any = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips gradients to a threshold learnt from the history of their norms.
+    """Clips gradients to a threshold learned from the history of their norms.
 
     Without a percentile (the auto mode), a norm is cut to the fence `q50 + 2.5 * (q50 - q25)`,
     where q50 and q25 are the median and the lower quartile of the last 48 raw norms, *the current

@@ -1,7 +1,7 @@
 """Clips the gradient of each micro-batch, or of each example, before they are added up.
 
 The norm of a mean says little about a few damaged examples in it: clipped as a whole, the good ones
-are scaled down with them. Here every part of the batch is held to a threshold that was learnt from
+are scaled down with them. Here every part of the batch is held to a threshold that was learned from
 parts, so that a damaged one costs its own share:
 
     update = mean_i(min(1, threshold_i / norm_i) * gradient_i)
@@ -78,7 +78,7 @@ def clip_micro_batches(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips each micro-batch's gradient against the history of all, and returns their mean.
 
-    A part is a micro-batch or an example. Its norm is compared with a threshold that was learnt
+    A part is a micro-batch or an example. Its norm is compared with a threshold that was learned
     from the norms of parts, and is then recorded. The parts are judged in turn, so that each is
     compared with those before it, in the same batch too: the result is that of a loop that calls
     `clipper.update` for each part. There is one history for all parts, which counts each as a step

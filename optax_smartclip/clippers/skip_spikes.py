@@ -292,8 +292,8 @@ def skip_spikes(
         given = jnp.stack([seen[0] != 0, jnp.asarray(value is not None)])
         finite = given & jnp.stack([jnp.isfinite(norm), jnp.isfinite(loss)])
         check_rule_fields(detector.history, rule_fields)
-        learnt = learn(detect, detector.history, detector.num_observed, seen, finite)
-        thresholds = after_warmup(learnt.thresholds, detector.num_observed, warmup_steps)
+        learned = learn(detect, detector.history, detector.num_observed, seen, finite)
+        thresholds = after_warmup(learned.thresholds, detector.num_observed, warmup_steps)
 
         invalid = jnp.any(given & ~finite)
         spike = jnp.any(finite & (seen > thresholds))
@@ -310,8 +310,8 @@ def skip_spikes(
             )
         in_a_row = jnp.where(skip, optax.safe_increment(detector.num_in_a_row), 0)
         next_detector = SpikeDetectorState(
-            history=learnt.rule,
-            num_observed=learnt.num_observed,
+            history=learned.rule,
+            num_observed=learned.num_observed,
             num_in_a_row=jnp.where(judged, in_a_row, detector.num_in_a_row),
             last=SkipMetrics(
                 skip_norm=seen[0],

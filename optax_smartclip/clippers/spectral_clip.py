@@ -1,4 +1,4 @@
-"""Spectral clipping: cut the singular values of each matrix of an update, with a learnt limit.
+"""Spectral clipping: cut the singular values of each matrix of an update, with a learned limit.
 
     s  ->  s / sqrt(1 + s^2 / c^2)                  for each singular value s of a matrix
     c = factor * median(largest singular value of the last steps)
@@ -76,7 +76,7 @@ def spectral_clip(
     warmup_steps: Any = 1,
     nonfinite: str = "zero",
 ) -> optax.GradientTransformationExtraArgs:
-    """Cuts the singular values of each matrix softly, to a limit learnt from past steps.
+    """Cuts the singular values of each matrix softly, to a limit learned from past steps.
 
     A singular value `s` becomes `s / sqrt(1 + s ** 2 / c ** 2)`: one that is far below the limit
     `c` is left alone, and none exceeds it. `c` is `factor` times the median of the largest singular
@@ -95,7 +95,7 @@ def spectral_clip(
     Args:
         factor: The limit in units of the median, > 0.
         limit: The limit of all matrices from the first step on, in the unit of the update, > 0; or
-            None for one that is learnt.
+            None for one that is learned.
         window: Of how many steps the median is taken, a Python int from 1 to 16,777,216.
         num_iterations: Newton-Schulz iterations, a Python int from 6 to 12. With 12, the cut is
             exact where the largest singular value is up to 5,500 limits, with 10 up to 820, with 6
@@ -103,7 +103,7 @@ def spectral_clip(
             the largest is cut as it should be, and all others shrink with it.
         stacked: Axes that count layers, each with a matrix of its own; see `clip_by_rule`.
         mask: Which leaves take part; see `clip_by_rule`.
-        warmup_steps: How many positive, finite values a matrix has observed before a learnt limit
+        warmup_steps: How many positive, finite values a matrix has observed before a learned limit
             may cut it. A number >= 0.
         nonfinite: `"zero"` or `"propagate"`, for matrices with a NaN or Inf; see `clip_by_rule`.
 
@@ -166,8 +166,8 @@ def spectral_clip(
         if limit is not None:
             return jnp.full(state.num_observed.shape, limit, dtype)
         median = history.percentile(state.rule.history, 50.0)
-        learnt = jnp.where(median < LARGEST, as_float32(factor) * median, LARGEST)
-        return limit_threshold(learnt, state.num_observed, warmup_steps, None, dtype)
+        learned = jnp.where(median < LARGEST, as_float32(factor) * median, LARGEST)
+        return limit_threshold(learned, state.num_observed, warmup_steps, None, dtype)
 
     def update_fn(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
@@ -200,9 +200,9 @@ def spectral_clip(
         live = has_gradient(norms)
         shown = jnp.where(live, learnable(norms), 0.0)
         recorded = history.record(state.rule.history, shown, (50.0,))
-        learnt = SpectralState(vectors=replicate(vectors), history=recorded)
+        learned = SpectralState(vectors=replicate(vectors), history=recorded)
         next_state = ClipState(
-            rule=select_groups(live, learnt, state.rule),
+            rule=select_groups(live, learned, state.rule),
             num_observed=increment_where(live, state.num_observed),
             last=next_metrics(state.last, norms, limits, soft_scale(norms, limits), nonfinite),
         )

@@ -19,7 +19,7 @@ def where_skipped(opt_state: Any, old: PyTree, new: PyTree) -> PyTree:
     """Returns `old` if `skip_spikes` dropped the step that returned `opt_state`, else `new`.
 
     A dropped step changes neither the parameters nor the state of the optimizer. Everything else
-    that the step computes moves on: batch statistics, which one NaN makes NaN for ever, a step
+    that the step computes moves on: batch statistics, which one NaN makes NaN forever, a step
     counter, an average of the parameters. Pass these through here, after `update`.
 
     Every leaf is that of `old` or that of `new` in every bit. This is a pure function of arrays,

@@ -68,10 +68,10 @@ def zclip(
     `warmup_steps` norms, which are recorded as they are.
 
     Note two of the defaults. `max_norm=1.0` makes this `clip_by_global_norm(1.0)` as well; None
-    leaves only the learnt threshold, and none in warm-up. And as published, the rule **locks up
+    leaves only the learned threshold, and none in warm-up. And as published, the rule **locks up
     after an abrupt rise**: each norm at the new level is cut to nearly the mean and recorded as
     that, so the standard deviation shrinks and no later norm can pass. A norm that doubles at once
-    can be clipped for ever. `record_limit=3.0` mends this: it records such norms as 3 standard
+    can be clipped forever. `record_limit=3.0` fixes this: it records such norms as 3 standard
     deviations above the mean, whatever they are clipped to.
 
     One difference from the publication: zeros, NaN and Inf are not recorded (there, the first NaN

@@ -32,7 +32,7 @@ from optax_smartclip.histories.moments import (
 # A norm enters the moments as at most this many standard deviations above the mean. One spike of
 # any size then moves the threshold by 2 % (at decay 0.99), yet a lasting rise multiplies the
 # standard deviation by 1.04 a step, which reaches a tenfold level in about 60. At 1 or below, the
-# standard deviation would shrink at each such norm, and a rise would be clipped for ever.
+# standard deviation would shrink at each such norm, and a rise would be clipped forever.
 _RECORD_LIMIT = 3.0
 
 

@@ -202,7 +202,7 @@ def group_labels(scope: Scope, params: PyTree, *, stacked: Stacked = None) -> tu
 
     Args:
         scope: As given to the clipper.
-        params: The parameters that the clipper was initialised with (arrays or
+        params: The parameters that the clipper was initialized with (arrays or
             `jax.ShapeDtypeStruct`s; values do not matter).
         stacked: As given to the clipper.
 

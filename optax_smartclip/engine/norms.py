@@ -48,7 +48,7 @@ def group_norms(
     """The Euclidean norm of each group: in float32, or in float64 if an array is float64.
 
     A norm in float64 is rounded to what a float32 can hold, if it can, because it is compared with
-    thresholds that were learnt in float32: a constant norm is never over itself.
+    thresholds that were learned in float32: a constant norm is never over itself.
 
     Args:
         arrays: Floating-point or complex arrays of any dtype and shape.
@@ -239,7 +239,7 @@ _compiled_group_norms = jax.jit(_group_norms, static_argnums=(0, 1))
 
 
 def has_gradient(norms: Float[Array, " *groups"]) -> Bool[Array, " *groups"]:
-    """Which groups have a norm that something can be learnt from.
+    """Which groups have a norm from which a rule can learn.
 
     A zero says nothing about a scale: experts without tokens, frozen layers and heads that are
     trained in turn have it in many steps.

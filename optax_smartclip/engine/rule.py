@@ -74,7 +74,7 @@ def clip_by_rule(
     min_scale: Any = None,
     axis_name: AxisName = None,
 ) -> ClipperTransformation:
-    """Clips the norm of each group of leaves to the threshold that a rule has learnt.
+    """Clips the norm of each group of leaves to the threshold that a rule has learned.
 
     Each update computes the norm of each group, asks the rule for thresholds, multiplies each
     group by `min(1, threshold / norm)` and lets the rule record the norms. The gradient is read
@@ -175,15 +175,15 @@ def clip_by_rule(
     def judge(state: Any, norms: GroupNorms) -> tuple[ClipState, GroupNorms]:
         check_fits(state, len(norms), rule_fields)
         live = has_gradient(norms)
-        learnt = learn(rule, state.rule, state.num_observed, learnable(norms), live)
+        learned = learn(rule, state.rule, state.num_observed, learnable(norms), live)
         thresholds = limit_threshold(
-            learnt.thresholds, state.num_observed, warmup_steps, max_norm, norms.dtype
+            learned.thresholds, state.num_observed, warmup_steps, max_norm, norms.dtype
         )
         thresholds = keep_share(thresholds, norms, min_scale)
         scales = signed_scale(norms, thresholds)
         next_state = ClipState(
-            rule=learnt.rule,
-            num_observed=learnt.num_observed,
+            rule=learned.rule,
+            num_observed=learned.num_observed,
             last=next_metrics(state.last, norms, thresholds, scales, nonfinite),
         )
         return vary_as_before(next_state, state), scales

@@ -55,8 +55,8 @@ def limit_threshold(
         # One that is as large as a norm in a history can be may be that of norms that are larger.
         is_known = threshold < LEARNABLE[1]
         threshold = jnp.where(is_known, threshold.astype(dtype), unlimited)
-    learnt = after_warmup(threshold, num_observed, warmup_steps)
-    return jnp.maximum(jnp.fmin(learnt, ceiling), 0.0)
+    learned = after_warmup(threshold, num_observed, warmup_steps)
+    return jnp.maximum(jnp.fmin(learned, ceiling), 0.0)
 
 
 def after_warmup(

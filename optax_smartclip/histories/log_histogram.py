@@ -147,7 +147,7 @@ def make_levels(relative_error: float) -> Float32[np.ndarray, " levels"]:
 
     In place of infinity is the largest float32, which is as much above all others.
     """
-    # Two neighbours may be rounded apart by one unit in the last place.
+    # Two neighbors may be rounded apart by one unit in the last place.
     ratio = 1 + relative_error - 2 * float(np.finfo(np.float32).eps)
     num_steps = int(np.ceil(np.log(_HIGHEST / _LOWEST) / np.log(ratio)))
     between = np.geomspace(_LOWEST, _HIGHEST, num_steps + 1)

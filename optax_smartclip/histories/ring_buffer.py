@@ -128,7 +128,7 @@ def _replace(
 ) -> Float32[Array, "groups size"]:
     """Takes one occurrence of `oldest` out, and puts `newest` into its place in the order.
 
-    Only the norms between the two move, by one place, and each is computed from its neighbours.
+    Only the norms between the two move, by one place, and each is computed from its neighbors.
     """
     first, last = jnp.full_like(newest, -EMPTY), jnp.full_like(newest, EMPTY)
     previous = jnp.concatenate([first, ordered[:, :-1]], axis=1)

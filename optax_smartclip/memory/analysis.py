@@ -76,7 +76,7 @@ class FrontierReport:
             style = {"color": "#D55E00", "marker": "v", "linestyle": ""}
             ax.plot([self.peak_node], [self.peak_bytes], label=label, **style)
         label = f"lower bound: {self.lower_bound:,}"
-        ax.axhline(self.lower_bound, color="grey", linestyle="--", label=label)
+        ax.axhline(self.lower_bound, color="gray", linestyle="--", label=label)
         # Room for the legend.
         ax.set_ylim(0, 1.35 * max(self.peak_bytes, 1))
         ax.set_xlabel("node of the forward pass")

@@ -1,7 +1,7 @@
 """What a block costs, for any two cuts: bytes to save, bytes at once, operations to repeat.
 
 A matrix has the first cut of a block in its rows and the last cut in its columns; entries under the
-diagonal mean nothing. A stretch is what lies between two neighbouring cuts.
+diagonal mean nothing. A stretch is what lies between two neighboring cuts.
 """
 
 import dataclasses

@@ -48,12 +48,12 @@ def run_after(
     # Both ways trace the part, and the second time finds it in the cache.
     part = jax.jit(part, inline=True)
 
-    def behind_a_barrier(
+    def after_a_barrier(
         known: Sequence[Any], finished: Sequence[Any], late: Tree, other: Tree
     ) -> Tree:
         return part(*_hold((late, other), [*known, *finished]))
 
-    def behind_a_condition(known: Sequence[Any], _: Sequence[Any], late: Tree, other: Tree) -> Tree:
+    def under_a_condition(known: Sequence[Any], _: Sequence[Any], late: Tree, other: Tree) -> Tree:
         ready = _opaque_true(known)
         if convolves:
             zeros = jax.tree.map(lambda x: jax.lax.full_like(x, 0), late)
@@ -66,8 +66,8 @@ def run_after(
         list(finished),
         late,
         other,
-        cpu=behind_a_condition,
-        default=behind_a_barrier,
+        cpu=under_a_condition,
+        default=after_a_barrier,
     )
 
 

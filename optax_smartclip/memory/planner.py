@@ -218,7 +218,7 @@ def _plan(
     costs = find_costs(graph, residuals, active, wanted, cuts, pinned)
     whole = _Path([0, len(cuts) - 1], frozenset({0}))
     if block_size is None:
-        path = _optimise(costs, memory_budget)
+        path = _optimize(costs, memory_budget)
     else:
         path = _with_least_kept(costs, list(range(len(cuts))))
         if memory_budget is not None:
@@ -275,7 +275,7 @@ def _keep_more(costs: Costs, path: _Path, bound: float) -> _Path:
     return path
 
 
-def _optimise(costs: Costs, memory_budget: int | None) -> _Path:
+def _optimize(costs: Costs, memory_budget: int | None) -> _Path:
     # The finest cuts fit under the sum of all that any of their blocks needs.
     finest = np.diagonal(costs.saved + costs.residuals + costs.at_once, 1)
     low, high = 0.0, float(finest.sum())

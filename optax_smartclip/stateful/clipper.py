@@ -339,8 +339,8 @@ def _check_same_model(now: Shapes, first: Shapes) -> None:
         expected, got = describe(first, path), describe(now, path)
         if expected != got and expected and got:
             raise ValueError(
-                "`grads` must have the leaves of the first gradient that this clipper learnt from, "
-                f"got {got} for {path_name(path)!r}, where there was {expected}. "
+                "`grads` must have the leaves of the first gradient that this clipper learned "
+                f"from, got {got} for {path_name(path)!r}, where there was {expected}. "
                 f"{_ONE_FOR_EACH_MODEL}"
             )
 

@@ -36,15 +36,15 @@ _MIN_WEIGHT_NORM = 1e-3
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class HistoryClipper(StatefulClipper):
-    """What `AutoClip` and `ZScoreClip` share: a threshold that they have learnt."""
+    """What `AutoClip` and `ZScoreClip` share: a threshold that they have learned."""
 
     def _rule(self) -> tuple[ThresholdRule, Callable[[RuleState], Norms]]:
-        """The rule, and what it has learnt so far: state -> thresholds."""
+        """The rule, and what it has learned so far: state -> thresholds."""
         raise NotImplementedError
 
     def _build(self) -> tuple[Callable[[int], Any], optax.GradientTransformationExtraArgs]:
-        rule, learnt = self._rule()
-        self._learnt, self._threshold = learnt, rule.threshold
+        rule, learned = self._rule()
+        self._learned, self._threshold = learned, rule.threshold
 
         def threshold(state: RuleState, norms: Norms) -> Norms:
             return jnp.maximum(rule.threshold(state, norms), self.eps)
@@ -58,13 +58,13 @@ class HistoryClipper(StatefulClipper):
         finite = norms < LARGEST
         limits = self._threshold(state.rule, jnp.where(finite, norms, 0.0))
         # A non-finite norm is not compared with anything, and the rule must not see a zero for it.
-        return {"threshold": self._readable(jnp.where(finite, limits, self._learnt(state.rule)))}
+        return {"threshold": self._readable(jnp.where(finite, limits, self._learned(state.rule)))}
 
     def _readable(self, thresholds: Norms) -> Norms:
         return reported_threshold(jnp.maximum(thresholds, self.eps))
 
     def threshold(self, key: Key | None = None) -> Any:
-        """What has been learnt about a group: the threshold, were warm-up over.
+        """The threshold of a group if warm-up were over.
 
         Args:
             key: `("global",)`, which is the default, `("layer", path)` or `("param", path)`; the
@@ -80,8 +80,8 @@ class HistoryClipper(StatefulClipper):
         if state is None:
             return self.eps
         group = self._group(("global",) if key is None else key)
-        learnt = self._readable(self._learnt(state.rule))[group]
-        return to_python(jnp.where(state.num_observed[group] > 0, learnt, self.eps))
+        learned = self._readable(self._learned(state.rule))[group]
+        return to_python(jnp.where(state.num_observed[group] > 0, learned, self.eps))
 
     def threshold_any(self) -> Any:
         """The threshold of the only group there is; `eps` if there are several."""
@@ -116,7 +116,7 @@ class AutoClip(HistoryClipper):
         min_history: The same; the larger of both counts.
         eps: Norms up to this are never clipped.
         guard_nans: Whether a gradient with a NaN or Inf norm becomes zeros; else it passes as it
-            is. It is never learnt from.
+            is. It is never learned from.
         outliers_only: For the mode "auto" only: whether ordinary noise is left alone, as with
             `autoclip(outliers_only=True)`.
         stacked: Axes that count layers, each with a norm of its own; see `clip_by_rule`. It is
@@ -287,7 +287,7 @@ def rule_of_past_norms(
 ) -> tuple[ThresholdRule, Callable[[RuleState], Norms]]:
     """A rule of which the threshold does not depend on the norms to be judged, and what it is."""
 
-    def learnt(state: RuleState) -> Norms:
+    def learned(state: RuleState) -> Norms:
         return rule.threshold(state, jnp.zeros(len(jax.tree.leaves(state)[0]), jnp.float32))
 
-    return rule, learnt
+    return rule, learned
