@@ -1,4 +1,4 @@
-"""What JAX calls by several names, by version, and a way around where Optax is not strict."""
+"""Names that depend on the version of JAX, and a workaround where Optax promotes dtypes."""
 
 import jax
 import optax

@@ -1,6 +1,6 @@
 """A training run that goes on from its newest checkpoint; `test_crash.py` starts and kills it.
 
-Everything about a step follows from its number: the batch, and whether it is damaged.
+The number of a step determines its batch, and whether that is damaged.
 """
 
 import functools
@@ -21,7 +21,7 @@ SAVE_EVERY = 5
 
 
 def make_batch(step):
-    """Some are large and are clipped, some are huge and are dropped, and one has a NaN."""
+    """Some batches are large and clipped, some are huge and dropped, and one has a NaN."""
     rng = np.random.default_rng(step)
     inputs = rng.normal(size=(8, 16)).astype(np.float32)
     targets = np.tanh(inputs[:, :4]) + 0.3 * rng.normal(size=(8, 4)).astype(np.float32)
@@ -40,7 +40,7 @@ def loss(params, inputs, targets):
 
 
 def build():
-    """A compiled step, which overwrites what it is given, and what it starts with."""
+    """A compiled step that donates parameters and state, and their initial values."""
     clip_and_step = optax.chain(smartclip.autoclip(), optax.adamw(0.01))
     tx = smartclip.skip_spikes(clip_and_step, sigma=50.0, window=32)
 
@@ -59,7 +59,7 @@ def build():
 
 
 def train(folder):
-    """What the last step leaves, as NumPy arrays."""
+    """The parameters and the state after the last step, as NumPy arrays."""
     train_step, run = build()
     options = ocp.CheckpointManagerOptions(max_to_keep=3, enable_async_checkpointing=True)
     with ocp.CheckpointManager(folder, options=options) as manager:
@@ -76,7 +76,7 @@ def train(folder):
 
 def main(folder, result):
     params, state = train(folder)
-    # Written at the end only: without it, the run was not finished.
+    # A run without this file has not finished.
     trained = {"params": params, "state": state, "metrics": smartclip.metrics(state)}
     Path(result).write_bytes(pickle.dumps(jax.device_get(trained)))
 

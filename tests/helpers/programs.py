@@ -1,4 +1,4 @@
-"""What the tests of `optax_smartclip.memory` share."""
+"""Programs and helpers of the tests of `optax_smartclip.memory`."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def chain(w, x):
 
 def assert_same(actual, expected):
     def compare(actual, expected):
-        # Sums in another order: an error of the largest element, not of each.
+        # Sums in another order have errors relative to the largest element.
         error = 1e-5 * float(np.max(np.abs(expected), initial=1e-6))
         np.testing.assert_allclose(actual, expected, rtol=0, atol=error)
 
@@ -25,7 +25,7 @@ def assert_same(actual, expected):
 
 
 def mapped(fn):
-    """A function of weights, whole on both devices, and of inputs, half of which each has."""
+    """Maps a function of replicated weights and split inputs over two devices."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     return jax.shard_map(
         fn, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("data")), out_specs=PartitionSpec()

@@ -29,12 +29,12 @@ def residuals(params, inputs, targets):
 
 
 def value(params, inputs, targets):
-    """Of the loss, in NumPy."""
+    """The loss, in NumPy."""
     return np.mean(np.sum(np.square(residuals(params, inputs, targets)), axis=1))
 
 
 def gradient(params, inputs, targets):
-    """Of the loss, in NumPy."""
+    """The gradient of the loss, in NumPy."""
     errors = residuals(params, inputs, targets)
     return {"b": 2 * errors.mean(axis=0), "w": 2 * inputs.T @ errors / len(inputs)}
 
@@ -70,7 +70,7 @@ def train(
 
 
 class Autoclip:
-    """By hand: the median of the last five norms, the current one included."""
+    """By hand: the threshold is the median of the last five norms, including the current one."""
 
     factory = staticmethod(
         lambda **kwargs: smartclip.autoclip(50.0, history=smartclip.ring_buffer(WINDOW), **kwargs)
@@ -88,7 +88,7 @@ class Autoclip:
 
 
 class Agc:
-    """By hand: each column of a matrix, and each vector, to a tenth of the weights' norm."""
+    """By hand: clips each column of a matrix, and each vector, to a tenth of its weights' norm."""
 
     factory = staticmethod(lambda **kwargs: smartclip.agc(0.1, **kwargs))
 

@@ -1,11 +1,11 @@
-"""Random trees, and what it is for two trees to be the same."""
+"""Random trees, and comparisons of trees."""
 
 import jax
 import numpy as np
 
 
 def random_tree(seed, size, shapes):
-    """A tree of float32 arrays of standard deviation `size`, in place of the shapes."""
+    """A tree of float32 arrays with these shapes and the standard deviation `size`."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda shape: np.float32(size * rng.normal(size=shape)),
@@ -25,7 +25,7 @@ def assert_close(actual, expected, *, rtol, atol=0.0):
 
 
 def pairs(actual, expected):
-    """The leaves of two trees of one structure, which have the same shapes and dtypes, too."""
+    """The leaves of two trees, which must have the same structure, shapes and dtypes."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     leaves = list(zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True))
     for a, b in leaves:

@@ -49,7 +49,7 @@ def train(mesh=None):
     def place(value, spec):
         if mesh is None:
             return jnp.asarray(value)
-        # From each process those shards that its devices hold.
+        # Each process creates the shards of its devices.
         return jax.make_array_from_callback(
             value.shape, NamedSharding(mesh, spec), lambda index: value[index]
         )
@@ -96,7 +96,7 @@ def main(address, process_id, out):
     jax.distributed.initialize(address, num_processes=2, process_id=int(process_id))
     assert (len(jax.local_devices()), len(jax.devices())) == (4, 8)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    # Not printed, as the collectives print what they do.
+    # In a file, because the collectives print messages.
     Path(out).write_text(json.dumps(train(mesh)))
 
 

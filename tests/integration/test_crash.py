@@ -1,4 +1,4 @@
-"""A run that is killed without warning, also in the middle of a save, goes on bit for bit."""
+"""A run that is killed without warning, even in the middle of a save, goes on bit for bit."""
 
 import contextlib
 import os
@@ -11,23 +11,25 @@ from pathlib import Path
 
 import crashing_run
 import numpy as np
+from compilation import QUICKLY
 from trees import assert_same_bits
 
 PROGRAM = Path(crashing_run.__file__)
-# For each process; about 6 if nothing else runs.
+# The limit for each process, which needs about 6 on an idle machine.
 SECONDS = 120
-# Whether a process has to be killed within a save, or wherever it happens to be.
-WITHIN_A_SAVE = [True, False, True]
+# Whether each kill has to happen during a save.
+WITHIN_A_SAVE = [True, False]
 
 
 def start(stack, folder, name):
-    """A process that trains with the checkpoints in `folder`; what it says goes to a file."""
+    """A process that trains with the checkpoints in `folder`; its output goes to a file."""
     environment = {
         **{key: os.environ[key] for key in ("HOME", "PATH", "TMPDIR") if key in os.environ},
-        # The step is compiled by whoever needs it first.
+        # Only the first process compiles the step.
         "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": QUICKLY,
         "PYTHONPATH": str(PROGRAM.parents[2]),
     }
     result, log = (folder.parent / f"{name}.{end}" for end in ("pickle", "log"))
@@ -44,10 +46,10 @@ def start(stack, folder, name):
 
 
 def saves(folder):
-    """The steps that are saved completely, and those of which a part has been written."""
+    """The steps that are saved completely, and those that are saved in part."""
     names = os.listdir(folder) if folder.exists() else []
     complete = [int(name) for name in names if name.isdigit()]
-    # Orbax writes to such a directory and renames it when all is there.
+    # Orbax writes to such a directory and renames it at the end of a save.
     partial = [int(name.partition(".")[0]) for name in names if ".orbax-checkpoint-tmp" in name]
     return complete, partial
 
@@ -60,13 +62,13 @@ def resumed_after(log):
 
 
 def finish(process, result, log):
-    """What a process that is left alone has trained."""
+    """The result of a process that is not killed."""
     assert process.wait(timeout=SECONDS) == 0, log.read_text()
     return pickle.loads(result.read_bytes())
 
 
 def kill(process, log, folder, after, delay, within_a_save):
-    """Kills a process some time after step `after` was saved; the newest step that is complete."""
+    """Kills a process some time after it saved step `after`. Returns the newest complete step."""
 
     def wait_until(condition):
         deadline = time.monotonic() + SECONDS
@@ -80,7 +82,7 @@ def kill(process, log, folder, after, delay, within_a_save):
 
     def is_saving():
         complete, partial = saves(folder)
-        # What the last kill left behind is not newer.
+        # A partial save that the last kill left is not newer.
         return max(partial, default=0) > max(complete, default=0)
 
     wait_until(has_come_far_enough)
@@ -88,7 +90,7 @@ def kill(process, log, folder, after, delay, within_a_save):
         if within_a_save:
             wait_until(is_saving)
         time.sleep(delay)
-        # What holds of a process that has stopped still holds when it is killed.
+        # A stopped process does not change before it is killed.
         process.send_signal(signal.SIGSTOP)
         _, status = os.waitpid(process.pid, os.WUNTRACED)
         assert os.WIFSTOPPED(status), f"It ended before it was killed:\n{log.read_text()}"
@@ -101,10 +103,10 @@ def kill(process, log, folder, after, delay, within_a_save):
     return max(saves(folder)[0])
 
 
-def test_a_run_that_is_killed_even_within_a_save_ends_as_one_that_never_was(tmp_path):
+def test_a_run_that_is_killed_during_a_save_ends_like_an_undisturbed_run(tmp_path):
     rng = np.random.default_rng(0)
-    steps = np.array([15, 45, 75]) + rng.integers(15, size=3)
-    delays = rng.uniform(0.0, 0.02, size=3)
+    steps = np.array([15, 60]) + rng.integers(15, size=2)
+    delays = rng.uniform(0.0, 0.02, size=2)
     folder = tmp_path / "killed"
     newest = ["None"]
     with contextlib.ExitStack() as stack:
@@ -119,7 +121,7 @@ def test_a_run_that_is_killed_even_within_a_save_ends_as_one_that_never_was(tmp_
     assert resumed_after(undisturbed[2]) == "None"
     assert_same_bits(resumed, expected)
 
-    # There was something to remember.
+    # The run had a state to save.
     metrics = expected["metrics"]
     assert metrics["num_clipped"] > 0
     assert metrics["num_skipped"] > 0

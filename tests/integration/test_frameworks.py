@@ -1,7 +1,7 @@
-"""Each framework's own training step, with a clipper in it, trains as a plain loop does.
+"""The training step of each framework, with a clipper, trains like a plain loop.
 
-The plain loop knows dictionaries only; it clips by hand in NumPy and leaves the rest to Optax. Both
-report every step, so that the norms and thresholds that a framework's user reads are compared, too.
+The plain loop uses dictionaries, clips by hand in NumPy and leaves the rest to Optax. The tests
+compare the norms and thresholds of each step, too.
 """
 
 import collections
@@ -18,14 +18,13 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
 import optax
 import pytest
 import reference
+from breadth import each_value
 from compat import lenient
 from fiddle.experimental import serialization
 from flax.training.train_state import TrainState
-from numpyro.infer.autoguide import AutoNormal
 
 import optax_smartclip as smartclip
 
@@ -54,7 +53,7 @@ SGD = optax.sgd(0.05, momentum=0.9)
 
 
 class AutoclipByHand:
-    """The percentile of the last norms of each group, the current one included."""
+    """The percentile of the last norms of each group, including the current one."""
 
     def __init__(self, group_of=lambda name: "all", percentile=50.0, window=WINDOW):
         self.group_of, self.percentile, self.window = group_of, percentile, window
@@ -123,7 +122,7 @@ def apply_with(optimizer):
 
 
 def train_by_hand(params, clip, optimizer, batches=BATCHES, gradient=plain_gradient):
-    """The parameters and what the clipper did, after each step."""
+    """The parameters and the clipper's record after each step."""
     state = optimizer.init(params)
     history = []
     for batch in batches:
@@ -134,7 +133,7 @@ def train_by_hand(params, clip, optimizer, batches=BATCHES, gradient=plain_gradi
 
 
 def train(tx, params=PARAMS, batches=BATCHES):
-    """The same with everything in `tx`."""
+    """Trains with the clipper and the optimizer in `tx`."""
 
     @jax.jit
     def step(params, state, inputs, targets):
@@ -160,7 +159,7 @@ def assert_same(history, expected):
     assert min(np.min(record["clip_scale"]) for _, record in history) < 0.7
 
 
-def test_linen_train_state_trains_as_a_plain_loop_does():
+def test_linen_train_state_trains_like_a_plain_loop():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, inputs):
@@ -193,7 +192,7 @@ def test_linen_train_state_trains_as_a_plain_loop_does():
 
 
 class EquinoxModel(eqx.Module):
-    """Has leaves that are no arrays, for which gradients are None."""
+    """A module with leaves that are not arrays, whose gradients are None."""
 
     body: eqx.nn.Linear
     head: eqx.nn.Linear
@@ -236,7 +235,7 @@ def equinox_loss(model, inputs, targets):
 
 
 @equinox_clippers
-def test_an_equinox_module_trains_as_a_plain_loop_does(clipper, by_hand):
+def test_an_equinox_module_trains_like_a_plain_loop(clipper, by_hand):
     tx = optax.chain(clipper(), ADAMW)
 
     @eqx.filter_jit
@@ -259,9 +258,9 @@ def test_an_equinox_module_trains_as_a_plain_loop_does(clipper, by_hand):
     assert_same(history, expected)
 
 
-@equinox_clippers
-@pytest.mark.parametrize("init_with", ["trainable", "all"])
-def test_a_partly_frozen_equinox_module_is_clipped_by_what_is_trained(clipper, by_hand, init_with):
+@pytest.mark.parametrize(("name", "init_with"), each_value(EQUINOX, ["trainable", "all"]))
+def test_only_the_trained_part_of_an_equinox_module_counts(name, init_with):
+    clipper, by_hand = EQUINOX[name]
     tx = optax.chain(clipper(), SGD)
     model = equinox_model()
     nothing = jax.tree.map(lambda _: False, model)
@@ -298,10 +297,10 @@ def test_a_partly_frozen_equinox_module_is_clipped_by_what_is_trained(clipper, b
     assert_same(history, expected)
 
 
-def test_groups_of_an_equinox_module_stay_those_of_the_parameters_when_layers_are_frozen():
+def test_groups_of_an_equinox_module_do_not_change_when_layers_are_frozen():
     params = eqx.filter(equinox_model(), eqx.is_inexact_array)
     assert smartclip.group_labels("per_layer", params) == ("body", "head")
-    grads = jax.tree.map(jnp.ones_like, params)  # of which the head has ten
+    grads = jax.tree.map(np.ones_like, params)  # The head has ten elements.
     grads = eqx.tree_at(lambda tree: (tree.body.weight, tree.body.bias), grads, (None, None))
     tx = autoclip(scope="per_layer", max_norm=0.5)
     updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
@@ -312,7 +311,7 @@ def test_groups_of_an_equinox_module_stay_those_of_the_parameters_when_layers_ar
     np.testing.assert_allclose(reference.norm(updates), 0.5, rtol=1e-6)
 
 
-def test_haiku_parameters_train_as_a_plain_loop_does():
+def test_haiku_parameters_train_like_a_plain_loop():
     @hk.without_apply_rng
     @hk.transform
     def network(inputs):
@@ -346,16 +345,20 @@ def test_haiku_parameters_train_as_a_plain_loop_does():
     assert_same(history, expected)
 
 
-def regression(inputs, targets):
-    weights = numpyro.sample("w", numpyro.distributions.Normal(0.0, 1.0).expand((3,)).to_event(1))
-    outputs = numpyro.distributions.Normal(inputs @ weights, 1.0).to_event(1)
-    numpyro.sample("targets", outputs, obs=targets)
-
-
 @pytest.mark.long
-def test_numpyro_svi_trains_as_a_plain_loop_over_its_elbo_does():
-    start = {"w": jnp.zeros(3)}  # the default tries several, slowly
-    guide = AutoNormal(regression, init_loc_fn=numpyro.infer.init_to_value(values=start))
+def test_numpyro_svi_trains_like_a_plain_loop_over_its_elbo():
+    # Imported here and below, because the import takes a second.
+    import numpyro
+
+    def regression(inputs, targets):
+        normal = numpyro.distributions.Normal
+        weights = numpyro.sample("w", normal(0.0, 1.0).expand((3,)).to_event(1))
+        numpyro.sample("targets", normal(inputs @ weights, 1.0).to_event(1), obs=targets)
+
+    start = {"w": jnp.zeros(3)}  # The default tries several starts, which is slow.
+    guide = numpyro.infer.autoguide.AutoNormal(
+        regression, init_loc_fn=numpyro.infer.init_to_value(values=start)
+    )
     optimizer = numpyro.optim.optax_to_numpyro(optax.chain(autoclip(), ADAM))
     svi = numpyro.infer.SVI(regression, guide, optimizer, numpyro.infer.Trace_ELBO())
     batches = [(inputs, targets[:, 0]) for inputs, targets in BATCHES]
@@ -383,7 +386,9 @@ def test_numpyro_svi_trains_as_a_plain_loop_over_its_elbo_does():
     assert_same(history, train_by_hand(params, AutoclipByHand(), ADAM, keyed, gradient))
 
 
-def test_numpyro_stable_update_keeps_a_bad_step_from_the_clipper():
+def test_numpyro_stable_update_hides_a_bad_step_from_the_clipper():
+    import numpyro
+
     optimizer = numpyro.optim.optax_to_numpyro(optax.chain(autoclip(), SGD))
 
     @jax.jit
@@ -418,9 +423,9 @@ def test_fiddle_builds_the_optimizer_that_a_config_describes():
 def test_fiddle_builds_a_clipper_by_itself():
     tx = fdl.build(fdl.Config(smartclip.autoclip, percentile=90.0))
     norms = [1.0, 2.0, 3.0, 100.0]
-    state = tx.init(jnp.zeros(1))
+    update, state = jax.jit(tx.update), tx.init(np.zeros(1, np.float32))
     for norm in norms:
-        updates, state = tx.update(jnp.array([norm]), state)
+        updates, state = update(np.float32([norm]), state)
     np.testing.assert_allclose(updates, np.percentile(norms, 90.0), rtol=1e-6)
 
 
@@ -434,13 +439,13 @@ def test_a_fiddle_config_can_be_changed_and_saved_as_json():
     assert_same(train(lenient(fdl.build(restored))), expected)
 
 
-def test_a_fiddle_partial_leaves_arguments_of_the_clipper_for_later():
+def test_a_fiddle_partial_takes_other_arguments_of_the_clipper_later():
     factory = fdl.build(fdl.Partial(smartclip.autoclip, history=smartclip.ring_buffer(WINDOW)))
     expected = train_by_hand(PARAMS, AutoclipByHand(percentile=90.0), SGD)
     assert_same(train(optax.chain(factory(90.0), SGD)), expected)
 
 
-def test_a_run_fed_by_grain_resumes_in_the_middle_as_if_it_had_never_stopped():
+def test_a_run_fed_by_grain_resumes_in_the_middle_like_an_uninterrupted_run():
     rows = [
         {"inputs": inputs, "targets": targets}
         for inputs, targets in zip(INPUTS.reshape(-1, 3), TARGETS.reshape(-1, 2), strict=True)
@@ -477,7 +482,7 @@ def test_a_run_fed_by_grain_resumes_in_the_middle_as_if_it_had_never_stopped():
     assert len(resumed) == len(whole) - 4
     jax.tree.map(np.testing.assert_array_equal, resumed[-1], whole[-1])
 
-    # Not so if the clipper had to learn anew.
+    # A clipper without its history would give other parameters.
     iterator.set_state(position)
     forgetful, _ = run(iterator, params, (tx.init(params)[0], *opt_state[1:]))[-1]
     assert not np.allclose(forgetful["head/w"], whole[-1][0]["head/w"], rtol=1e-3)

@@ -1,4 +1,4 @@
-"""A clipper next to Muon: how a fixed limit stops training, and what does not."""
+"""A clipper next to Muon: a fixed limit stops training, and other clippers do not."""
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def last_lengths(stream, *links):
 
 
 def newton_schulz(matrix):
-    """Muon's orthogonalisation in float64."""
+    """Muon's orthogonalization in float64."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = np.float64(matrix) / (np.linalg.norm(matrix) + EPS)
     for _ in range(5):
@@ -59,7 +59,7 @@ def newton_schulz(matrix):
     return x
 
 
-def test_an_update_is_as_long_as_newton_schulz_in_float64_makes_it():
+def test_an_update_has_the_length_that_newton_schulz_in_float64_gives():
     tx = contrib.muon(1.0, nesterov=False)
 
     @jax.jit
@@ -73,7 +73,7 @@ def test_an_update_is_as_long_as_newton_schulz_in_float64_makes_it():
     lengths = np.linalg.norm(update(norms), axis=(1, 2))
     expected = [np.linalg.norm(newton_schulz(norm * MATRIX)) for norm in norms]
     np.testing.assert_allclose(lengths, expected, rtol=1e-3)
-    # What the page says: as usual down to 1e-10, a fifth at 1e-11, and proportional below.
+    # As documented: as usual down to 1e-10, a fifth at 1e-11, and proportional below.
     np.testing.assert_allclose(lengths / lengths[0], [1, 1, 1, 0.2, 0.02], rtol=0.2)
 
 
@@ -85,11 +85,11 @@ def ceiling(**arguments):
     return smartclip.autoclip(max_norm=CEILING, **arguments)
 
 
-# The links before and after Muon, and which updates are shortened.
+# The links before and after Muon, and the leaves whose updates are shortened.
 ARMS = {
     "fixed limit": ([ceiling()], [], {"bias", "matrix"}),
     "Optax's fixed limit": ([optax.clip_by_global_norm(CEILING)], [], {"bias", "matrix"}),
-    "learnt": ([smartclip.autoclip()], [], set()),
+    "learned": ([smartclip.autoclip()], [], set()),
     "per_param": ([ceiling(scope="per_param")], [], set()),
     "min_scale": ([ceiling(min_scale=1e-3)], [], set()),
     "AdamW's part": ([ceiling(mask=is_not_matrix)], [], {"bias"}),
@@ -99,7 +99,7 @@ ARMS = {
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_a_fixed_limit_shortens_updates_and_each_way_out_does_what_the_page_says(arm, muon):
+def test_a_fixed_limit_shortens_updates_and_the_documented_alternatives_do_not(arm, muon):
     before, after, shortened = ARMS[arm]
     stream = [GRADS] * 3
     usual = last_lengths(stream, muon)
@@ -117,9 +117,9 @@ def test_one_step_that_is_scaled_down_does_not_shorten_the_update(muon):
     assert lengths["bias"] / usual["bias"] > 0.5  # Adam's first moment has just begun.
 
 
-def test_after_muon_a_fixed_limit_sets_the_length_and_a_learnt_one_leaves_it(muon):
-    fixed, learnt = compiled(ceiling()), compiled(smartclip.autoclip())
-    tx = optax.chain(muon, learnt)
+def test_after_muon_a_fixed_limit_sets_the_length_and_a_learned_one_keeps_it(muon):
+    fixed, learned = compiled(ceiling()), compiled(smartclip.autoclip())
+    tx = optax.chain(muon, learned)
     state = tx.init(ZEROS)
     for seed, size in enumerate([1.0, 3.0, 0.1, 1e4, 1.0]):
         matrix = size * np.random.default_rng(seed).normal(size=(8, 8))

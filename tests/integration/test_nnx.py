@@ -1,6 +1,7 @@
-"""Flax NNX: `nnx.Optimizer` gives `init` variables and `update` arrays, and nothing may change.
+"""Flax NNX: `nnx.Optimizer` passes variables to `init` and arrays to `update`.
 
-Compared with a plain Optax loop over dictionaries, where paths are never in doubt.
+The expected results are those of a plain Optax loop over dictionaries, whose paths are the same in
+both.
 """
 
 import jax
@@ -22,7 +23,7 @@ ROUNDING = {"rtol": 1e-5, "atol": 1e-7}
 
 
 class Model(nnx.Module):
-    """Two layers, of which `head` is the last."""
+    """Two layers; `head` is the last."""
 
     def __init__(self, seed=0):
         rngs = nnx.Rngs(seed)
@@ -38,7 +39,7 @@ def model_loss(model, inputs, targets):
 
 
 def plain_loss(params, inputs, targets):
-    """The same loss of a dictionary."""
+    """The same loss for a dictionary."""
     for name in ("body", "head"):
         layer = params[name]
         inputs = inputs @ layer["kernel"] + layer["bias"][None]
@@ -47,15 +48,15 @@ def plain_loss(params, inputs, targets):
 
 
 def kernels(body, head):
-    """A mask that leaves the biases alone."""
+    """A mask without the biases."""
     return {
         "body": {"kernel": body, "bias": False},
         "head": {"kernel": head, "bias": False},
     }
 
 
-# Two ways to say the same: for variables, by paths (and by their ends, which is where variables
-# and arrays differ), and for dictionaries, by trees.
+# The same clipper for variables, with paths, and for dictionaries, with trees. Some patterns match
+# the end of a path, where variables and arrays differ.
 CLIPPERS = {
     "per_layer": (
         lambda: smartclip.autoclip(scope="per_layer"),
@@ -96,7 +97,7 @@ def train_plainly(clipper):
 
 
 @pytest.mark.parametrize(("clipper", "plain_clipper"), CLIPPERS.values(), ids=CLIPPERS)
-def test_nnx_optimizer_trains_as_a_plain_loop_does(clipper, plain_clipper):
+def test_nnx_optimizer_trains_like_a_plain_loop(clipper, plain_clipper):
     model = Model()
     tx = optax.chain(clipper(), optax.sgd(0.1, momentum=0.9))
     trainer = nnx.Optimizer(model, tx, wrt=nnx.Param)

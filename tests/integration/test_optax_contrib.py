@@ -1,8 +1,8 @@
-"""Training with what `optax.contrib` has, and with what takes more than a gradient.
+"""Training with the transformations of `optax.contrib`, and with those that need extra arguments.
 
-Some of it is written again in NumPy. The rest is driven by a loop in NumPy: the same optimizer
-without a clipper is fed with gradients that were clipped by hand. The last tests differentiate
-whole training loops.
+Some of them are written again in NumPy. For the others, a loop in NumPy clips the gradients by hand
+and passes them to the same optimizer without a clipper. The last tests differentiate whole training
+loops.
 """
 
 import itertools
@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from breadth import each_value, long_but
 from compat import enable_x64
 from regression import (
     BY_HAND,
@@ -33,7 +34,10 @@ from regression import (
 
 import optax_smartclip as smartclip
 
-both = pytest.mark.parametrize("clipper", BY_HAND.values(), ids=BY_HAND)
+# The wrappers do not know their clipper: one is enough by default.
+with_autoclip, with_agc = (
+    pytest.mark.parametrize("name", long_but({name}, BY_HAND)) for name in ("autoclip", "agc")
+)
 
 ASCENT = 0.5
 
@@ -95,8 +99,9 @@ def sam_by_hand(ascend, step):
     return update
 
 
-@both
-def test_in_the_outer_optimizer_of_sam_the_clipper_sees_every_other_gradient(clipper):
+@with_autoclip
+def test_in_the_outer_optimizer_of_sam_the_clipper_sees_every_other_gradient(name):
+    clipper = BY_HAND[name]
     tx = optax.contrib.sam(
         optax.chain(clipper.factory(), optax.sgd(RATE)),
         optax.chain(optax.contrib.normalize(), optax.sgd(ASCENT)),
@@ -131,12 +136,13 @@ def test_in_the_ascent_of_sam_the_clipper_must_not_be_reset_to_learn():
     kept = run(reset_state=False)
     assert_same_params(kept, by_hand(Autoclip()))
     assert num_clipped(kept) > 0
-    # The first norm of a history is its median: nothing is ever clipped.
+    # The first norm of a history is its median, so no gradient is clipped.
     assert_same_params(run(reset_state=True), by_hand(lambda grads, params: grads))
 
 
-@both
-def test_opaque_sam_clips_only_the_gradient_that_it_descends(clipper):
+@with_agc
+def test_opaque_sam_clips_only_the_gradient_that_it_descends(name):
+    clipper = BY_HAND[name]
     tx = optax.contrib.sam(
         optax.chain(clipper.factory(), optax.sgd(RATE)),
         optax.chain(optax.contrib.normalize(), optax.sgd(ASCENT)),
@@ -184,9 +190,10 @@ def test_transparent_sam_changes_a_type_of_the_state_which_a_scan_refuses():
         trained(opaque_mode=False)
 
 
-@both
-@pytest.mark.parametrize("outside", [True, False], ids=["outside", "inside"])
-def test_schedule_free_averages_steps_along_clipped_gradients(clipper, outside):
+@pytest.mark.parametrize(("name", "outside"), each_value(BY_HAND, [True, False]))
+def test_schedule_free_averages_steps_along_clipped_gradients(name, outside):
+    clipper = BY_HAND[name]
+
     def schedule_free(base):
         return optax.contrib.schedule_free(base, RATE, b1=0.9)
 
@@ -215,8 +222,10 @@ def test_schedule_free_averages_steps_along_clipped_gradients(clipper, outside):
     assert num_clipped(history) > 0
 
 
-@both
-def test_before_mechanize_the_clipper_bounds_what_the_rate_is_learnt_from(clipper):
+@with_autoclip
+def test_before_mechanize_the_clipper_bounds_the_gradient_that_sets_the_rate(name):
+    clipper = BY_HAND[name]
+
     def mechanize():
         return optax.contrib.mechanize(optax.sgd(1.0), s_init=0.1)
 
@@ -227,11 +236,12 @@ def test_before_mechanize_the_clipper_bounds_what_the_rate_is_learnt_from(clippe
     assert num_clipped(history) > 0
 
 
-@both
-def test_inside_mechanize_the_clipper_bounds_the_step_but_not_what_the_rate_is_learnt_from(clipper):
+@with_agc
+def test_inside_mechanize_the_clipper_bounds_the_step_but_not_the_gradient_that_sets_the_rate(name):
+    clipper = BY_HAND[name]
     inner = optax.chain(clipper.factory(), optax.sgd(1.0))
     history = train(optax.contrib.mechanize(inner, s_init=0.1))
-    # Mechanize is given the gradient as it was, and for its base optimizer the clipped step.
+    # Mechanize gets the raw gradient, and the clipped step as that of its base optimizer.
     given = optax.GradientTransformationExtraArgs(
         lambda params: optax.EmptyState(), lambda grads, state, params, step: (step, state)
     )
@@ -243,21 +253,23 @@ def test_inside_mechanize_the_clipper_bounds_the_step_but_not_what_the_rate_is_l
     assert num_clipped(history) > 0
 
 
-@both
-def test_before_muon_the_clipper_bounds_the_share_of_a_gradient_in_the_momentum(clipper):
+@with_agc
+def test_before_muon_the_clipper_bounds_the_share_of_a_gradient_in_the_momentum(name):
+    clipper = BY_HAND[name]
     with jax.numpy_dtype_promotion("standard"):  # muon raises a float to the power of an int32.
         history = train(optax.chain(clipper.factory(), optax.contrib.muon(RATE)))
         unclipped = train(optax.contrib.muon(RATE))
         clip, muon = clipper(), Driven(optax.contrib.muon(RATE))
         expected = train_by_hand(lambda grads, params: muon(clip(grads, params), params))
     assert_same_params(history, expected)
-    # Muon makes every step equally long, so that the clipper shows in the later directions only.
+    # Muon makes all steps equally long, so the clipper changes only later directions.
     assert reference.norm(minus(history[-1][0], unclipped[-1][0])) > 0.1
     assert num_clipped(history) > 0
 
 
-@both
-def test_reduce_on_plateau_scales_the_clipped_step_by_the_value(clipper):
+@with_autoclip
+def test_reduce_on_plateau_scales_the_clipped_step_by_the_value(name):
+    clipper = BY_HAND[name]
     plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=2)
     tx = optax.chain(clipper.factory(), optax.sgd(RATE), plateau)
     with jax.numpy_dtype_promotion("standard"):  # reduce_on_plateau multiplies int32 and float32.
@@ -279,8 +291,8 @@ def test_reduce_on_plateau_scales_the_clipped_step_by_the_value(clipper):
     assert num_clipped(history) > 0
 
 
-@pytest.mark.parametrize("place", ["before", "behind"])
-def test_behind_differentially_private_aggregate_no_example_moves_more_than_its_share(place):
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_after_differentially_private_aggregate_no_example_moves_more_than_its_share(place):
     # Two batches of four gradients of norm 1, which differ in one.
     examples = [np.array([1.0, 1.0, 1.0, last], np.float32)[:, None] for last in (1.0, -1e6)]
     private = optax.contrib.differentially_private_aggregate(1.0, 0.0, key=jax.random.key(0))
@@ -288,14 +300,14 @@ def test_behind_differentially_private_aggregate_no_example_moves_more_than_its_
     tx = optax.chain(*links) if place == "before" else optax.chain(*links[::-1])
     means = [jax.jit(tx.update)(grads, tx.init(np.float32([0.0])))[0] for grads in examples]
     moved = float(jnp.linalg.norm(means[1] - means[0]))
-    share = 2 * 1.0 / 4  # One example's, from its limit in one direction to that in the other.
-    if place == "behind":
+    share = 2 * 1.0 / 4  # From one example's limit in one direction to its limit in the other.
+    if place == "after":
         assert moved <= share * (1 + 1e-6)
     else:
-        assert moved > 2 * share  # All other examples are scaled by it as well.
+        assert moved > 2 * share  # It scales all other examples, too.
 
 
-def test_inside_split_real_and_imaginary_the_parts_of_a_number_are_two_leaves():
+def test_inside_split_real_and_imaginary_a_complex_leaf_is_two_leaves():
     grads = {"w": np.complex64([3 + 4j])}
     split = optax.contrib.split_real_and_imaginary
 
@@ -304,17 +316,13 @@ def test_inside_split_real_and_imaginary_the_parts_of_a_number_are_two_leaves():
         return jax.jit(tx.update)(grads, tx.init(grads), grads)[0]["w"]
 
     with jax.numpy_dtype_promotion("standard"):  # It multiplies by a Python complex number.
-        for wrap, scope in [
-            (split, "global"),
-            (lambda tx: tx, "global"),
-            (lambda tx: tx, "per_param"),
-        ]:
-            np.testing.assert_allclose(clipped(wrap, scope), [0.6 + 0.8j], rtol=1e-6)
+        np.testing.assert_allclose(clipped(split, "global"), [0.6 + 0.8j], rtol=1e-6)
+        np.testing.assert_allclose(clipped(lambda tx: tx, "per_param"), [0.6 + 0.8j], rtol=1e-6)
         np.testing.assert_allclose(clipped(split, "per_param"), [1 + 1j], rtol=1e-6)
 
 
-@pytest.mark.parametrize("place", ["before", "behind"])
-def test_polyak_sgd_takes_its_rate_from_the_norm_that_it_is_shown(place):
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_polyak_sgd_takes_its_rate_from_the_norm_that_it_is_given(place):
     links = [Autoclip.factory(), optax.polyak_sgd(max_learning_rate=1.0)]
     history = train(optax.chain(*links) if place == "before" else optax.chain(*links[::-1]))
     clip, batches = Autoclip(), zip(INPUTS, TARGETS, strict=True)
@@ -332,7 +340,7 @@ def test_polyak_sgd_takes_its_rate_from_the_norm_that_it_is_shown(place):
     assert num_clipped(history) > 0
 
 
-def test_a_line_search_behind_the_clipper_is_given_its_arguments():
+def test_a_line_search_after_the_clipper_is_given_its_arguments():
     search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=30)
     tx = optax.chain(Autoclip.factory(), optax.sgd(1.0), search)
 
@@ -363,7 +371,7 @@ def test_a_line_search_behind_the_clipper_is_given_its_arguments():
     assert num_clipped(history) > 0
 
 
-# Five batches, the spike among them, and a sixth to judge by what was learnt from them.
+# Five batches for training, with the spike, and a sixth for the outer loss.
 SPIKE = tuple(array[1:6].astype(np.float64) for array in (INPUTS, TARGETS))
 JUDGES = tuple(array[7].astype(np.float64) for array in (INPUTS, TARGETS))
 
@@ -407,29 +415,29 @@ def test_the_gradient_through_clipped_training_is_that_of_finite_differences(fir
     start = jax.tree.map(np.float64, PARAMS)
     if first == "zero":
         inputs[0] = targets[0] = start["b"][:] = 0
-    learnt = {"params": start, "rate": np.float64(RATE)}
+    learned = {"params": start, "rate": np.float64(RATE)}
 
-    def outer_loss(learnt):
-        params, records = adapt(**learnt, batches=(inputs, targets))
+    def outer_loss(learned):
+        params, records = adapt(**learned, batches=(inputs, targets))
         return loss(params, *JUDGES), records
 
-    def outer_loss_by_hand(learnt):
-        return value(adapt_by_hand(**learnt, batches=(inputs, targets)), *JUDGES)
+    def outer_loss_by_hand(learned):
+        return value(adapt_by_hand(**learned, batches=(inputs, targets)), *JUDGES)
 
     with enable_x64(True):
-        slopes, records = jax.jit(jax.grad(outer_loss, has_aux=True))(learnt)
-    expected = finite_differences(outer_loss_by_hand, learnt)
+        slopes, records = jax.jit(jax.grad(outer_loss, has_aux=True))(learned)
+    expected = finite_differences(outer_loss_by_hand, learned)
     assert records["clipped"][4]
     assert (records["grad_norm"][0] == 0) == (first == "zero")
     assert all(np.all(np.isfinite(slope)) for slope in jax.tree.leaves(slopes))
     if first == "zero":
-        # Another bias would be another history: the first gradient would not be zero.
+        # With another bias, the first gradient is not zero and the history differs.
         del slopes["params"]["b"], expected["params"]["b"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), slopes, expected)
 
 
 def test_outer_training_through_clipped_inner_training_lowers_the_outer_loss():
-    # Two tasks: five batches each, the spike among those of the first, and one to judge by.
+    # Two tasks, each with five batches and one for the outer loss. The first has the spike.
     batches = tuple(np.stack([array[1:6], array[6:11]]) for array in (INPUTS, TARGETS))
     judges = tuple(array[[0, 11]] for array in (INPUTS, TARGETS))
 
@@ -445,7 +453,7 @@ def test_outer_training_through_clipped_inner_training_lowers_the_outer_loss():
         tasks = zip(zip(*batches, strict=True), zip(*judges, strict=True), strict=True)
         return np.mean([value(adapt_by_hand(params, RATE, data), *judge) for data, judge in tasks])
 
-    # The norms of the outer gradient fall, so that no median of them is exceeded; a ceiling is.
+    # The norms of the outer gradient fall, so they exceed `max_norm` but not their median.
     tx = optax.chain(Autoclip.factory(max_norm=0.5), optax.sgd(RATE))
 
     @jax.jit

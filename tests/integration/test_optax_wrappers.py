@@ -1,6 +1,6 @@
 """Training under Optax's wrappers equals a loop in float64 NumPy that clips by hand.
 
-Where in each wrapper that is, and what the clipper there sees, is what these tests document.
+The tests show which gradients and parameters a clipper sees at each place in a wrapper.
 """
 
 import functools
@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from breadth import each_value, long_but
 from regression import (
     BY_HAND,
     INPUTS,
@@ -28,12 +29,15 @@ from regression import (
 
 import optax_smartclip as smartclip
 
-both = pytest.mark.parametrize("clipper", BY_HAND.values(), ids=BY_HAND)
+# The wrappers do not know their clipper: one is enough by default.
+with_autoclip, with_agc = (
+    pytest.mark.parametrize("name", long_but({name}, BY_HAND)) for name in ("autoclip", "agc")
+)
 
 
-@both
-@pytest.mark.parametrize("chain", ["chain", "named_chain"])
-def test_in_a_chain_the_optimizer_sees_the_clipped_gradient(clipper, chain):
+@pytest.mark.parametrize(("name", "chain"), each_value(BY_HAND, ["chain", "named_chain"]))
+def test_in_a_chain_the_optimizer_sees_the_clipped_gradient(name, chain):
+    clipper = BY_HAND[name]
     links = [("clip", clipper.factory()), ("optimizer", optax.sgd(RATE, momentum=0.9))]
     tx = optax.named_chain(*links) if chain == "named_chain" else optax.chain(*dict(links).values())
     clip, trace = clipper(), jax.tree.map(np.zeros_like, PARAMS)
@@ -48,16 +52,16 @@ def test_in_a_chain_the_optimizer_sees_the_clipped_gradient(clipper, chain):
     assert smartclip.metrics(history[-1][1])["num_clipped"] > 0
 
 
-def test_weight_decay_behind_the_clipper_is_not_clipped_and_before_it_is():
+def test_weight_decay_is_clipped_only_before_the_clipper():
     decay = optax.add_decayed_weights(0.5)
     clip = Autoclip()
 
     def decayed(grads, params):
         return jax.tree.map(lambda grad, param: grad + 0.5 * param, grads, params)
 
-    behind = train(optax.chain(Autoclip.factory(), decay, optax.sgd(RATE)))
+    after = train(optax.chain(Autoclip.factory(), decay, optax.sgd(RATE)))
     expected = train_by_hand(lambda grads, params: descend(decayed(clip(grads, params), params)))
-    assert_same_params(behind, expected)
+    assert_same_params(after, expected)
     clip = Autoclip()
     before = train(optax.chain(decay, Autoclip.factory(), optax.sgd(RATE)))
     expected = train_by_hand(lambda grads, params: descend(clip(decayed(grads, params), params)))
@@ -75,7 +79,7 @@ def test_the_applied_step_has_the_norm_of_the_threshold():
 
 
 class Adam:
-    """By hand. A short memory of the mean, so that a spike is one in the update as well."""
+    """By hand. The mean has a short memory, so that a spike shows in the update, too."""
 
     factory = staticmethod(lambda: optax.adam(RATE, b1=0.5))
 
@@ -95,12 +99,12 @@ class Adam:
         )
 
 
-def test_behind_adam_the_step_is_bounded_and_before_it_what_adam_remembers():
+def test_after_adam_the_clipper_bounds_the_step_and_before_it_the_moments():
     with jax.numpy_dtype_promotion("standard"):  # Adam raises a float to the power of an int32.
-        behind = train(optax.chain(Adam.factory(), Autoclip.factory()))
+        after = train(optax.chain(Adam.factory(), Autoclip.factory()))
         before = train(optax.chain(Autoclip.factory(), Adam.factory()))
     adam, clip = Adam(), Autoclip()
-    assert_same_params(behind, train_by_hand(lambda grads, params: clip(adam(grads), params)))
+    assert_same_params(after, train_by_hand(lambda grads, params: clip(adam(grads), params)))
     adam, clip = Adam(), Autoclip()
     assert_same_params(before, train_by_hand(lambda grads, params: adam(clip(grads, params))))
 
@@ -112,17 +116,18 @@ def test_behind_adam_the_step_is_bounded_and_before_it_what_adam_remembers():
         step = reference.norm(jax.tree.map(np.subtract, new, old))
         return step, np.sqrt(squares / 0.001), record
 
-    step, remembered, record = at_the_spike(behind)
+    step, remembered, record = at_the_spike(after)
     np.testing.assert_allclose(step, record["clip_threshold"], rtol=1e-5)
-    assert step < record["grad_norm"] / 1.5  # Here, the norm of Adam's update.
+    assert step < record["grad_norm"] / 1.5  # The norm of Adam's update.
     assert remembered > 100
     _, remembered, record = at_the_spike(before)
     limits = [smartclip.metrics(state)["clip_threshold"] for _, state in before[:6]]
     assert remembered <= np.linalg.norm(limits) < record["grad_norm"] / 10
 
 
-@both
-def test_under_masked_the_norm_is_that_of_the_leaves_in_the_mask(clipper):
+@with_agc
+def test_under_masked_the_norm_is_that_of_the_leaves_in_the_mask(name):
+    clipper = BY_HAND[name]
     tx = optax.chain(optax.masked(clipper.factory(), {"w": True, "b": False}), optax.sgd(RATE))
     clip = clipper()
 
@@ -133,10 +138,12 @@ def test_under_masked_the_norm_is_that_of_the_leaves_in_the_mask(clipper):
     assert_same_params(train(tx), train_by_hand(update))
 
 
-@both
-@pytest.mark.parametrize("partition", ["partition", "multi_transform"])
-def test_under_partition_each_part_has_a_clipper_of_its_own(clipper, partition):
-    # Two rates, to see that each part also has its own optimizer.
+@pytest.mark.parametrize(
+    ("name", "partition"), each_value(BY_HAND, ["partition", "multi_transform"])
+)
+def test_under_partition_each_part_has_its_own_clipper(name, partition):
+    clipper = BY_HAND[name]
+    # Two rates show that each part also has its own optimizer.
     tx = getattr(optax, partition)(
         {
             "weights": optax.chain(clipper.factory(), optax.sgd(RATE)),
@@ -157,25 +164,26 @@ def test_under_partition_each_part_has_a_clipper_of_its_own(clipper, partition):
     assert sum(name.endswith("/grad_norm") for name in record) == 2
 
 
-def test_a_global_ceiling_in_each_of_two_parts_is_no_ceiling_for_both_together():
-    grads = {"w": jnp.full((3, 2), 10.0), "b": jnp.full(2, 10.0)}
+def test_max_norm_in_each_of_two_parts_does_not_bound_the_whole_gradient():
+    grads = {"w": np.full((3, 2), 10.0, np.float32), "b": np.full(2, 10.0, np.float32)}
 
     def norm_after(tx):
         updates, _ = jax.jit(tx.update)(grads, tx.init(PARAMS))
         return reference.norm(updates)
 
-    parts = {label: smartclip.autoclip(max_norm=1.0) for label in ("w", "b")}
+    parts = {label: Autoclip.factory(max_norm=1.0) for label in ("w", "b")}
     inside = optax.partition(parts, {"w": "w", "b": "b"})
     np.testing.assert_allclose(norm_after(inside), np.sqrt(2), rtol=1e-6)
     identities = {label: optax.identity() for label in ("w", "b")}
     outside = optax.chain(
-        smartclip.autoclip(max_norm=1.0), optax.partition(identities, {"w": "w", "b": "b"})
+        Autoclip.factory(max_norm=1.0), optax.partition(identities, {"w": "w", "b": "b"})
     )
     np.testing.assert_allclose(norm_after(outside), 1.0, rtol=1e-6)
 
 
-@both
-def test_inside_multisteps_the_clipper_sees_the_mean_gradient_once(clipper):
+@with_autoclip
+def test_inside_multisteps_the_clipper_sees_the_mean_gradient_once(name):
+    clipper = BY_HAND[name]
     tx = optax.MultiSteps(optax.chain(clipper.factory(), optax.sgd(RATE)), every_k_schedule=4)
     clip, seen = clipper(), []
 
@@ -209,7 +217,7 @@ def test_outside_multisteps_the_clipper_sees_every_micro_step():
 
 
 class ApplyEvery:
-    """By hand: the sum of two in every second step, and nothing in between."""
+    """By hand: the sum of two updates in every second step, and zeros in the others."""
 
     factory = staticmethod(lambda: optax.apply_every(2))
 
@@ -223,9 +231,9 @@ class ApplyEvery:
         return jax.tree.map(lambda *parts: sum(parts), *self.seen[-2:])
 
 
-@both
-@pytest.mark.parametrize("place", ["before", "behind"])
-def test_before_apply_every_each_micro_gradient_is_clipped_and_behind_it_their_sum(clipper, place):
+@pytest.mark.parametrize(("name", "place"), each_value(BY_HAND, ["before", "after"]))
+def test_before_apply_every_each_micro_gradient_is_clipped_and_after_it_their_sum(name, place):
+    clipper = BY_HAND[name]
     links = [clipper.factory(), ApplyEvery.factory()]
     links = links if place == "before" else links[::-1]
     clip, add = clipper(), ApplyEvery()
@@ -244,17 +252,17 @@ def test_before_apply_every_each_micro_gradient_is_clipped_and_behind_it_their_s
     assert int(record["num_clipped"]) > 0
 
 
-def test_zeros_between_the_sums_of_apply_every_teach_a_clipper_behind_it_nothing():
-    grads = {"w": jnp.array([0.6, 0.8])}
+def test_a_clipper_after_apply_every_does_not_learn_from_the_zeros_between_the_sums():
+    grads = {"w": np.float32([0.6, 0.8])}
 
-    def learnt(tx):
+    def learned(tx):
         update, state = jax.jit(tx.update), tx.init(grads)
         for size in range(12, 0, -1):
-            _, state = update({"w": size * grads["w"]}, state)
+            _, state = update({"w": np.float32(size) * grads["w"]}, state)
         return smartclip.metrics(state)["clip_threshold"]
 
     with jax.numpy_dtype_promotion("standard"):  # apply_every multiplies a float by a bool.
-        threshold = learnt(optax.chain(optax.apply_every(2), Autoclip.factory()))
+        threshold = learned(optax.chain(optax.apply_every(2), Autoclip.factory()))
     # The median of the last five sums: 10 + 9, 8 + 7, 6 + 5, 4 + 3 and 2 + 1.
     np.testing.assert_allclose(threshold, 11.0, rtol=1e-6)
 
@@ -277,15 +285,15 @@ def test_with_adam_and_apply_every_the_clipper_comes_first_or_last(place):
     assert int(smartclip.metrics(history[-1][1])["num_clipped"]) > 0
 
 
-@pytest.mark.parametrize("place", ["before", "behind"])
-def test_apply_every_never_forgets_a_nan_which_a_clipper_before_it_takes_out(place):
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_apply_every_keeps_a_nan_forever_unless_a_clipper_before_it_removes_it(place):
     targets = TARGETS.copy()
     targets[1] = np.nan
     links = [Autoclip.factory(), ApplyEvery.factory()]
     links = links if place == "before" else links[::-1]
     with jax.numpy_dtype_promotion("standard"):  # apply_every multiplies a float by a bool.
         history = train(optax.chain(*links, optax.sgd(RATE)), targets=targets)
-    # Behind it, every later sum is NaN as well, and all that is left of them is zeros.
+    # Every later sum is NaN, too, and a clipper after `apply_every` makes zeros of it.
     num_nonfinite = int(smartclip.metrics(history[-1][1])["num_nonfinite"])
     assert num_nonfinite == (1 if place == "before" else 11)
     moved = np.any(history[-1][0]["w"] != history[0][0]["w"])
@@ -349,7 +357,7 @@ def test_inject_hyperparams_schedules_the_percentile():
     assert smartclip.metrics(history[-1][1])["num_clipped"] > 0
 
 
-def test_inject_hyperparams_schedules_the_ceiling_together_with_the_rate():
+def test_inject_hyperparams_schedules_max_norm_together_with_the_rate():
     @optax.inject_hyperparams
     def optimizer(learning_rate, max_norm):
         return optax.chain(Autoclip.factory(max_norm=max_norm), optax.sgd(learning_rate))
@@ -368,7 +376,7 @@ def test_inject_hyperparams_schedules_the_ceiling_together_with_the_rate():
     assert float(history[-1][1].hyperparams["max_norm"]) == 0.5
 
 
-def test_apply_if_finite_keeps_a_bad_step_from_the_clipper():
+def test_apply_if_finite_hides_a_bad_step_from_the_clipper():
     targets = TARGETS.copy()
     targets[[3, 7]] = np.nan
     tx = optax.apply_if_finite(optax.chain(Autoclip.factory(), optax.sgd(RATE)), 3)
@@ -386,7 +394,7 @@ def test_apply_if_finite_keeps_a_bad_step_from_the_clipper():
     assert int(record["num_nonfinite"]) == 0
 
 
-def test_a_bad_step_alone_is_a_zero_gradient_for_the_optimizer():
+def test_without_a_wrapper_a_bad_step_is_a_zero_gradient_for_the_optimizer():
     targets = TARGETS.copy()
     targets[[3, 7]] = np.nan
     clip, trace = Autoclip(), jax.tree.map(np.zeros_like, PARAMS)
@@ -453,7 +461,7 @@ def test_conditionally_transform_switches_the_clipper_off_and_on():
 
 def test_two_links_of_one_chain_report_under_their_places():
     tx = optax.chain(
-        smartclip.agc(0.1, scope="global"), smartclip.autoclip(max_norm=0.01), optax.sgd(RATE)
+        smartclip.agc(0.1, scope="global"), Autoclip.factory(max_norm=0.01), optax.sgd(RATE)
     )
     _, state = train(tx, INPUTS[:1], TARGETS[:1])[0]
     record = smartclip.metrics(state)

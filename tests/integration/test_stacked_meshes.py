@@ -1,6 +1,6 @@
-"""Stacked layers on eight devices: the stacked axis whole or split, and experts on several of them.
+"""Stacked layers on eight devices, with the stacked axis or the experts split or not.
 
-Every clipper does what it does on one device, and only numbers of groups travel.
+Every clipper gives the results of one device, and devices exchange only one number per group.
 """
 
 import math
@@ -10,7 +10,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from breadth import each_value
+from breadth import each_value, long_but
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from steps import run
@@ -76,7 +76,7 @@ def place_on(mesh, specs):
 @pytest.mark.parametrize(
     ("name", "layout", "mode"), each_value(CLIPPERS, LAYOUTS, [AxisType.Auto, AxisType.Explicit])
 )
-def test_a_stack_on_a_mesh_is_clipped_as_on_one_device(name, layout, mode):
+def test_a_stack_on_a_mesh_is_clipped_like_on_one_device(name, layout, mode):
     tx = CLIPPERS[name](stacked=STACKED)
     expected = run(tx, PARAMS, GRADS)
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(mode,) * 2)
@@ -87,8 +87,8 @@ def test_a_stack_on_a_mesh_is_clipped_as_on_one_device(name, layout, mode):
     assert np.max(state.last.num_clipped) > 0
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_only_one_number_for_each_group_travels(layout):
+@pytest.mark.parametrize("layout", long_but({"layers and more split", "experts split"}, LAYOUTS))
+def test_devices_exchange_only_one_number_for_each_group(layout):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     place = place_on(mesh, LAYOUTS[layout])
     tx = CLIPPERS["autoclip"](stacked=STACKED)
@@ -99,6 +99,6 @@ def test_only_one_number_for_each_group_travels(layout):
     results = re.findall(rf" = (\S+|\(.*?\)) {kinds}(?:-start)?\(", text)
     shapes = [shape for result in results for shape in re.findall(r"\w+\[([\d,]*)\]", result)]
     assert shapes
-    # An array that is not divisible by the number of devices travels with padding.
+    # XLA pads arrays that are not divisible by the number of devices.
     for shape in shapes:
         assert math.prod(map(int, filter(None, shape.split(",")))) < NUM_GROUPS + mesh.size

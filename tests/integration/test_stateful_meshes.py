@@ -1,8 +1,8 @@
-"""`AutoClip` and `AGC` on eight devices do what they do on one, and tell `on_metrics` once.
+"""`AutoClip` and `AGC` on eight devices give the results of one and report to `on_metrics` once.
 
-In eager steps, in steps compiled on a mesh with explicit and with automatic axes, and in steps that
-only the sharding of their arguments tells about the mesh; the weights split as under FSDP, or whole
-on each device. What one device should do is computed by NumPy.
+Steps run eagerly, compiled on a mesh with explicit or automatic axes, or compiled without a mesh
+for sharded arguments. The weights are split as under FSDP, or replicated. NumPy computes the
+results of one device.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ LAYOUTS = {
         "body": {"bias": P("x"), "kernel": P(None, "x")},
         "head": {"kernel": P("x", None)},
     },
-    # Of data parallel training: the gradients have been added up.
+    # Data parallel training after the sum of the gradients.
     "replicated": {"body": {"bias": P(), "kernel": P()}, "head": {"kernel": P()}},
 }
 
@@ -50,7 +50,7 @@ CLIPPERS = {
 }
 
 
-# Older versions of JAX hang where CPU devices wait both for each other and for a callback.
+# Older versions of JAX hang when CPU devices wait both for each other and for a callback.
 RECENT_JAX = jax.__version_info__ >= (0, 10)
 CAN_REPORT = RECENT_JAX
 
@@ -162,7 +162,7 @@ def test_compiled_steps_without_set_mesh_equal_one_device_after_init(name, place
 
 
 def test_a_compiled_step_without_set_mesh_and_without_init_is_refused_by_recent_jax():
-    # While it is traced, nothing tells of the mesh: the state is on the first device alone.
+    # The trace does not know the mesh, so the state is only on the first device.
     clipper, mesh = CLIPPERS["AGC"](), make_mesh(AxisType.Auto)
     step = jax.jit(lambda grads, params: smartclip.apply_grads(grads, params, clipper))
     refused = pytest.raises(ValueError, match="incompatible devices")
@@ -241,7 +241,7 @@ def test_a_state_saved_on_one_device_can_be_loaded_into_a_clipper_in_use_on_a_me
     mesh, clipper, records = make_mesh(AxisType.Auto), CLIPPERS["AutoClip"](), []
     clipped = take_steps(clipper, None, range(SAVE_AFTER), records)
     other = CLIPPERS["AutoClip"]()
-    # Steps of another stream, to be forgotten.
+    # Steps of another stream, which the loaded state replaces.
     take_steps(other, mesh, [5, 5], [])
     other.load_state_dict(json.loads(json.dumps(clipper.state_dict())))
     clipped += take_steps(other, mesh, range(SAVE_AFTER, len(GRADS)), records)

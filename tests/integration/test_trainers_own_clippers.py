@@ -1,7 +1,7 @@
-"""The adaptive clippers of other trainers beside the lines that docs/migrating.md has for them.
+"""The adaptive clippers of other trainers, and their replacements in docs/migrating.md.
 
-Each original is written here from its equations, in float64: norms in, and for each step the
-threshold and what the gradient is multiplied by. The lines are read from the page.
+Each original is written here from its equations, in float64: it takes norms and returns the
+threshold and the scale of each step. The replacements are read from the page.
 """
 
 import re
@@ -23,7 +23,7 @@ PARAMS = {"w": jnp.float32([[0.5, 0.1], [0.2, 0.3]]), "scale": jnp.float32(2.0)}
 
 
 def line_of(trainer):
-    """What the page has for a trainer, built with the functions of the page."""
+    """The replacement for a trainer, built with the functions of the page."""
     names = {"sc": smartclip, "jax": jax, "jnp": jnp}
     exec(re.search(r"```python\n(.*?)```", SECTION, re.DOTALL)[1], names)
     row = next(row for row in SECTION.splitlines() if row.startswith(f"| {trainer}"))
@@ -62,7 +62,7 @@ def trellis(norms, max_norm=1.0, percentile=95.0, size=1000):
 
 
 def open_sora(norms, decay=0.99, first_limit=1.0):
-    """Mean and variance move with norms within the threshold only; the first step is not cut."""
+    """Only norms within the threshold change mean and variance; the first step is not clipped."""
     mean, variance = min(3 * norms[0], first_limit), 0.0
     thresholds = [np.inf]
     for norm in norms[1:]:
@@ -74,7 +74,7 @@ def open_sora(norms, decay=0.99, first_limit=1.0):
 
 
 def icefall(norms, clipping_scale=2.0, period=100):
-    """Step 0 is neither cut nor remembered. The median is the upper or lower one of the middle."""
+    """Step 0 is not clipped and not recorded. The median is one of the two middle norms."""
     limit, thresholds = np.inf, [np.inf]
     for step in range(1, len(norms)):
         early = step in (10, 20, 40)
@@ -92,7 +92,7 @@ def icefall_norm(grads):
 
 
 def levanter(norms, size=128, sigmas=3.0):
-    """The current norm is left out; half of a window is needed. A NaN stays in the window."""
+    """The threshold needs half a window of earlier norms. A NaN stays in the window."""
     thresholds = []
     for step in range(len(norms)):
         past = norms[max(0, step - size) : step]
@@ -114,34 +114,34 @@ def test_trellis_has_the_same_threshold_one_step_later():
     later = finite[1001:-1]
     assert later.sum() > 290
     np.testing.assert_allclose(thresholds[1001:-1][later], limits[1002:][later], rtol=1e-6)
-    # That is one place of a thousand.
+    # The percentiles differ by one norm in a thousand.
     np.testing.assert_allclose(ours[finite], scales[finite], rtol=0.01)
     assert np.mean(ours[1001:] < 1) > 0.03
     np.testing.assert_array_equal(ours[~finite], 0.0)
 
 
-def test_open_soras_clipper_is_met_until_a_norm_is_over_the_threshold_and_never_follows_a_rise():
+def test_thresholds_equal_those_of_open_sora_until_a_spike_and_follow_a_rise():
     norms = np.random.default_rng(0).uniform(0.2, 0.4, size=3000)
     norms[2000] = 30.0
     norms[2500:] *= 5
     limits, scales = open_sora(norms)
     thresholds, ours, _ = run(line_of("Open-Sora"), norms)
-    # Both have forgotten how they started. The spike is cut to one threshold.
+    # Both have forgotten their initial values. The spike is clipped to one threshold.
     np.testing.assert_allclose(thresholds[1900:2001], limits[1900:2001], rtol=1e-5)
     np.testing.assert_allclose(ours[1900:2001], scales[1900:2001], rtol=1e-5)
     assert ours[2000] < 0.02
-    # A norm that is learnt as one at the threshold: the mean takes 3 % of a standard deviation,
-    # which then grows itself.
+    # Our clipper learns the spike as a norm at the threshold: the mean rises by 3 % of a standard
+    # deviation, which then grows, too.
     mean, std = np.mean(norms[1500:2000]), np.std(norms[1500:2000])
     np.testing.assert_allclose(limits[2001], limits[2000], rtol=1e-12)
     np.testing.assert_allclose(thresholds[2001] - thresholds[2000], 0.145 * std, rtol=0.15)
     assert thresholds[2001] < mean + 4 * std
-    # A rise that lasts.
+    # A permanent rise.
     assert np.max(scales[2500:]) < 0.6
     np.testing.assert_array_equal(ours[2600:], 1.0)
 
 
-def test_icefalls_norms_and_medians_are_met_where_it_takes_them():
+def test_norms_and_medians_equal_those_of_icefall_where_it_updates_them():
     sizes = SIZES[:450].copy()
     sizes[[30, 150, 320, 430]] *= 50
     norms = np.array([icefall_norm(jax.tree.map(lambda x, s=s: s * x, DIRECTION)) for s in sizes])
@@ -150,13 +150,13 @@ def test_icefalls_norms_and_medians_are_met_where_it_takes_them():
     np.testing.assert_allclose(measured, norms[1:], rtol=1e-6)
     np.testing.assert_array_equal(thresholds[:10], np.inf)
     for step in (10, 20, 40, 100, 200, 300, 400):
-        # One step later, as the current norm is left out.
+        # One step later, because the current norm does not count.
         past = np.sort(norms[max(1, step - 99) : step + 1])
         factor = 4.0 if step < 100 else 2.0
         np.testing.assert_allclose(thresholds[step], factor * np.median(past), rtol=1e-6)
         middle = len(past) // 2
         assert limits[step] in factor * past[[middle - 1, middle]]
-    # Noise is left alone and spikes are cut alike.
+    # Neither clips noise, and both clip spikes.
     spikes = [30, 150, 320, 430]
     np.testing.assert_allclose(ours[np.array(spikes) - 1], scales[spikes], rtol=0.1)
     assert np.all(scales[spikes] < 0.1)
@@ -165,7 +165,7 @@ def test_icefalls_norms_and_medians_are_met_where_it_takes_them():
 
 
 @pytest.mark.parametrize("with_nan", [False, True])
-def test_levanters_thresholds_are_met_until_it_sees_a_nan(with_nan):
+def test_thresholds_equal_those_of_levanter_until_a_nan(with_nan):
     norms = SIZES[:400].copy()
     norms[[50, 200, 300]] *= 20
     if with_nan:

@@ -1,6 +1,6 @@
-"""Tunix: its `PeftTrainer` with a clipper trains as a plain loop does that clips by hand.
+"""Tunix: its `PeftTrainer` with a clipper trains like a plain loop that clips by hand.
 
-The trainer runs on one machine, without checkpoints, and writes no file.
+The trainer runs on one machine, without checkpoints, and writes no files.
 """
 
 import jax
@@ -17,7 +17,7 @@ import optax_smartclip as smartclip
 
 pytestmark = [
     pytest.mark.usefixtures("no_trace"),
-    # What Tunix calls in JAX and Optax.
+    # Tunix calls deprecated functions of JAX and Optax.
     pytest.mark.filterwarnings(
         "ignore:jax.interpreters.pxla.thread_resources is deprecated:DeprecationWarning"
     ),
@@ -36,7 +36,7 @@ BATCHES = [
         np.float32(rng.normal(size=(8, 8, 3))), np.float32(rng.normal(size=(8, 8, 2))), strict=True
     )
 ]
-BATCHES[5]["targets"] *= 8  # the trainer logs exp(loss), which must not overflow
+BATCHES[5]["targets"] *= 8  # The trainer logs exp(loss), which must not overflow.
 
 
 class Model(nnx.Module):
@@ -63,7 +63,7 @@ def optimizer():
 
 
 def train_by_hand(model, wrt, accumulate=1):
-    """The parameters after each update, with the norms and thresholds of all of them."""
+    """The parameters, the norm and the threshold after each update."""
     gradient = nnx.jit(nnx.grad(loss, argnums=nnx.DiffState(0, wrt)))
     params = nnx.to_pure_dict(nnx.state(model, wrt))
     trace = jax.tree.map(np.zeros_like, params)
@@ -85,7 +85,7 @@ def train_by_hand(model, wrt, accumulate=1):
 
 
 class Recorder(hooks.TrainingHooks):
-    """Reads what each step starts from and the last one ends with."""
+    """Records parameters and metrics before each step and after the last one."""
 
     def __init__(self, wrt):
         self.wrt, self.history = wrt, []
@@ -103,17 +103,17 @@ class Recorder(hooks.TrainingHooks):
         self.read(trainer)
 
     def on_train_start(self, trainer):
-        """Nothing, as below."""
+        """Does nothing."""
 
     def on_train_step_end(self, trainer, step, loss):
-        """Comes a step late, when the trainer has written its log."""
+        """Does nothing: the trainer calls it a step late, after it has written its log."""
 
     on_eval_step_start = on_eval_step_end = on_train_start
 
 
 @pytest.fixture
 def no_trace(tmp_path, monkeypatch):
-    """No file is written, and no listener of other tests is removed."""
+    """Checks that no file is written, and keeps the listeners of other tests."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jax.monitoring, "clear_event_listeners", lambda: None)
     yield
@@ -121,7 +121,7 @@ def no_trace(tmp_path, monkeypatch):
 
 
 def train(model, wrt, **config):
-    """A trainer that has seen all batches, and what it started from and came to by each step."""
+    """A trainer after all batches, and the parameters and metrics before and after each step."""
     config = TrainingConfig(eval_every_n_steps=100, **config)
     trainer = PeftTrainer(model, optimizer(), config).with_loss_fn(loss)
     recorder = Recorder(wrt)
@@ -141,7 +141,7 @@ def assert_same(history, expected):
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["all", "lora"])
-def test_peft_trainer_trains_as_a_plain_loop_does(lora):
+def test_peft_trainer_trains_like_a_plain_loop(lora):
     wrt = nnx.LoRAParam if lora else nnx.Param
     trainer, history = train(Model(lora), wrt)
     assert_same(history[1:], train_by_hand(Model(lora), wrt))

@@ -1,4 +1,4 @@
-"""The figures of a program, counted by hand, and the pictures of them."""
+"""The figures of a program, counted by hand, and their plots."""
 
 import json
 
@@ -20,7 +20,7 @@ def waves(x):
 
 @pytest.fixture
 def report():
-    return summarize_frontier(capture_graph_jaxpr(waves, (jnp.ones(8),)))
+    return summarize_frontier(capture_graph_jaxpr(waves, (np.ones(8, np.float32),)))
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def closed_figures():
     plt.close("all")
 
 
-def test_graph_lists_what_runs():
+def test_graph_lists_the_nodes_that_run():
     @jax.jit
     def inner(x):
         return jnp.sin(x)
@@ -40,7 +40,7 @@ def test_graph_lists_what_runs():
         return jax.nn.relu(y) @ jnp.ones((4, 3))
 
     graph = capture_graph_jaxpr(fn, (jax.ShapeDtypeStruct((2, 4), jnp.float32),))
-    # The call is opened, the rule of relu stays, what nobody reads is left out.
+    # The call is inlined, the rule of relu is kept, and unused results are left out.
     names = [node.primitive for node in graph.nodes if node.primitive != "broadcast_in_dim"]
     assert names == ["sin", "custom_jvp_call", "dot_general"]
     assert graph.nodes[0].bytes == 32
@@ -56,26 +56,28 @@ def test_frontier_of_a_program_counted_by_hand(report):
 
 
 def test_figures_can_be_written_as_json(report):
-    figures = json.loads(json.dumps(analyze_graph(capture_graph_jaxpr(waves, (jnp.ones(8),)))))
+    figures = json.loads(
+        json.dumps(analyze_graph(capture_graph_jaxpr(waves, (np.ones(8, np.float32),))))
+    )
     assert figures["peak_bytes"] == report.peak_bytes
     assert figures["frontier_gap"] == 1.0
     assert figures["primitives"] == {"sin": 1, "cos": 1, "mul": 1, "reduce_sum": 1}
 
 
-def test_another_order_would_lower_the_peak_to_no_less_than_the_bound():
+def test_the_frontier_gap_compares_the_peak_with_the_lower_bound():
     def wide(x):
         large = [jnp.broadcast_to(x[i], (8,)) for i in range(3)]
         return jnp.sum(large[0]) + jnp.sum(large[1]) + jnp.sum(large[2])
 
     figures = analyze_graph(capture_graph_jaxpr(wide, (jnp.ones(3),)))
-    # Three rows at once, where one and two sums would do.
+    # Three rows at once; one row and two sums would be enough.
     assert figures["lower_bound"] == 32
     assert 96 <= figures["peak_bytes"] <= 104
     assert figures["frontier_gap"] == figures["peak_bytes"] / 32
 
 
-def test_program_without_nodes_has_a_report_and_a_picture():
-    report = summarize_frontier(capture_graph_jaxpr(lambda x: x, (jnp.ones(8),)))
+def test_program_without_nodes_has_a_report_and_a_plot():
+    report = summarize_frontier(capture_graph_jaxpr(lambda x: x, (np.ones(8, np.float32),)))
     assert (report.peak_bytes, report.peak_node) == (0, -1)
     assert "0 nodes" in str(report)
     report.plot()
@@ -95,12 +97,12 @@ def test_plot_draws_the_values_of_the_report(report):
     assert len(ax.get_legend().get_texts()) == 3
 
 
-def test_plot_makes_a_figure_of_its_own(report):
+def test_plot_makes_a_new_figure(report):
     first, second = report.plot(), report.plot()
     assert first.figure is not second.figure
 
 
-# The guide that names these functions, as written there but for the root of the imports.
+# The code of the guide that names these functions; only the root of the imports differs.
 GUIDE = {
     "capture": """
 import jax
@@ -149,10 +151,10 @@ def test_the_guide_of_the_wrapper_runs_as_written(capsys):
     for code in GUIDE.values():
         exec(code, program)
     printed = capsys.readouterr().out.splitlines()
-    # jnp.ones is a node, or two in older versions of JAX; the others are sin, dot and tanh.
+    # jnp.ones is one node, or two in older versions of JAX. The others are sin, dot and tanh.
     assert printed[0] in ("4 nodes captured", "5 nodes captured")
     assert printed[1:] == ["Block size: 16", "Peak frontier (bytes): 32"]
-    expected = jax.grad(program["loss_fn"])(program["params"])
+    expected = jax.jit(jax.grad(program["loss_fn"]))(program["params"])
     for grad, plain in zip(program["grads"], expected, strict=True):
         np.testing.assert_allclose(grad, plain, rtol=1e-5)
     assert program["frontier"].peak_bytes == program["figures"]["peak_bytes"]

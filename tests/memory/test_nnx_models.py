@@ -1,4 +1,4 @@
-"""Flax NNX: modules with random keys and statistics, divided as docs/memory.md says."""
+"""Flax NNX: modules with random keys and statistics, split as in docs/memory.md."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ INPUTS = np.random.default_rng(0).normal(size=(3, 8, 4)).astype(np.float32)
 
 
 class Net(nnx.Module):
-    """Statistics, a random key and its count beside the parameters."""
+    """Parameters, statistics, a random key and its count."""
 
     def __init__(self):
         rngs = nnx.Rngs(0)
@@ -30,7 +30,7 @@ def loss_of(model, inputs):
     return jnp.mean(jnp.square(model(inputs) - jnp.sum(inputs, axis=1, keepdims=True)))
 
 
-def divided_value_and_grad(model, inputs):
+def split_value_and_grad(model, inputs):
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(params, rest, inputs):
@@ -45,7 +45,7 @@ def divided_value_and_grad(model, inputs):
 
 
 def train(value_and_grad):
-    """The losses of some steps, and the module after them."""
+    """The losses of some steps, and the last state of the module."""
     model = Net()
 
     @nnx.jit
@@ -60,20 +60,20 @@ def train(value_and_grad):
     return losses, nnx.to_pure_dict(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
 
 
-def test_a_module_with_dropout_trains_as_with_nnx():
-    actual, expected = train(divided_value_and_grad), train(nnx.value_and_grad(loss_of))
+def test_a_module_with_dropout_trains_like_with_nnx():
+    actual, expected = train(split_value_and_grad), train(nnx.value_and_grad(loss_of))
     assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("transform", [height_compressed_grad, height_compressed_value_and_grad])
-def test_a_whole_module_with_dropout_is_refused_with_what_to_write(transform):
+def test_a_whole_module_with_dropout_is_refused_with_a_recipe(transform):
     with pytest.raises(TypeError, match="got uint32") as error:
         transform(loss_of)(Net(), INPUTS[0])
     recipe = "`graphdef, params, rest = nnx.split(model, nnx.Param, ...)`"
     assert recipe in "".join(error.value.__notes__)
 
 
-def test_an_argument_that_does_not_exist_is_refused_without_advice_on_integers():
+def test_a_missing_argument_is_refused_without_advice_on_integers():
     with pytest.raises((TypeError, ValueError)) as error:
         height_compressed_grad(loss_of, argnums=5)(Net(), INPUTS[0])
     assert "integers" not in "".join(getattr(error.value, "__notes__", []))

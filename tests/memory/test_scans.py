@@ -1,4 +1,4 @@
-"""A scan over layers is checkpointed within, and its gradient is that of `jax.grad`."""
+"""A scan over layers is checkpointed inside, and its gradient equals that of `jax.grad`."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def backwards_with_outputs(w, x):
         x, count = carry
         w, shift = inputs
         x = layer(x, w) + shift + 0.01 * jnp.float32(count)
-        # The new carry is an output as well, and so is what was computed before it.
+        # The new carry is an output, too.
         return (x, count + 1), (x, jnp.sin(x))
 
     shifts = 0.01 * jnp.arange(LAYERS, dtype=jnp.float32)
@@ -41,7 +41,7 @@ def backwards_with_outputs(w, x):
 
 
 def recurrent(w, x):
-    # The weights are the same in all iterations, and the carry starts as a constant.
+    # All iterations use the same weights, and the first carry is a constant.
     def step(carry, _):
         h, total = carry
         h = jnp.tanh(h @ w[0] + jnp.sin(x @ w[1]))
@@ -87,7 +87,7 @@ def temp_bytes(gradient, *args):
     return jax.jit(gradient).lower(*args).compile(BY_DEFAULT).memory_analysis().temp_size_in_bytes
 
 
-def test_needs_less_memory_than_a_checkpoint_around_the_body_and_what_was_predicted():
+def test_needs_less_memory_than_a_checkpoint_around_the_body_and_about_the_predicted_memory():
     x, w = np.tile(X, (16, 1)), np.tile(W, (2, 1, 1))
     compressed = height_compressed_grad(layers)
     temp = temp_bytes(compressed, w, x)
@@ -108,7 +108,7 @@ def test_less_is_recomputed_with_more_memory():
         assert meta["predicted_peak"] <= states * STATE
         flops.append(meta["recomputed_flops"])
     assert flops == sorted(flops, reverse=True)
-    # Which of the first differ depends on what JAX keeps for a derivative.
+    # Some of them may be equal: that depends on the residuals of the version of JAX.
     assert flops[0] > flops[3] == 0
     assert len(set(flops)) >= 3
 
@@ -116,14 +116,13 @@ def test_less_is_recomputed_with_more_memory():
 def test_composes_with_vmap_and_second_derivatives():
     compressed, plain = height_compressed_grad(layers), jax.grad(layers)
     xs = np.stack([X, 2 * X])
-    batched = jax.jit(jax.vmap(compressed, (None, 0)))
-    assert_same(batched(W, xs), jax.jit(jax.vmap(plain, (None, 0)))(W, xs))
 
-    def second(gradient):
+    def results(gradient):
         scalar = lambda w: jnp.sum(jnp.sin(gradient(w, X)))  # noqa: E731
-        return jax.jit(lambda w: (jax.grad(scalar)(w), jax.jvp(scalar, (w,), (w,))))
+        batched = jax.vmap(gradient, (None, 0))
+        return jax.jit(lambda w: (batched(w, xs), jax.grad(scalar)(w), jax.jvp(scalar, (w,), (w,))))
 
-    assert_same(second(compressed)(W), second(plain)(W))
+    assert_same(results(compressed)(W), results(plain)(W))
     assert scan_plans(compressed)
 
 
@@ -135,7 +134,7 @@ def test_keeps_shardings(kind):
     compressed = height_compressed_grad(layers, argnums=(0, 1))
     gradient = jax.block_until_ready(jax.jit(compressed)(w, x))
     assert scan_plans(compressed)
-    assert_same(jax.device_get(gradient), jax.grad(layers, (0, 1))(W, X))
+    assert_same(jax.device_get(gradient), jax.jit(jax.grad(layers, (0, 1)))(W, X))
     assert gradient[1].sharding.is_equivalent_to(x.sharding, 2)
 
 
@@ -144,5 +143,6 @@ def test_under_shard_map():
     mean = mapped(lambda w, x: jax.lax.pmean(compressed(w, x), "data"))
     gradient = jax.block_until_ready(jax.jit(mean)(W, np.concatenate([X, 2 * X])))
     assert scan_plans(compressed)
-    # JAX adds up the gradient of what is the same on all devices before the mean is taken.
-    assert_same(gradient, sum(jax.grad(layers)(W, x) for x in (X, 2 * X)))
+    plain = jax.jit(jax.grad(layers))
+    # JAX sums the gradient of replicated weights before the mean.
+    assert_same(gradient, np.asarray(plain(W, X)) + np.asarray(plain(W, 2 * X)))

@@ -1,4 +1,4 @@
-"""A model is trained through the plan with a clipper, as it would be without one."""
+"""A model with a clipper trains the same with planned gradients and with those of JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def problem():
     hidden = [rng.normal(size=(8, 8)).astype(np.float32) / 8 for _ in range(6)]
     params = {"hidden": hidden, "out": np.zeros((8, 1), np.float32)}
     x = rng.normal(size=(NUM_STEPS, 32, 8)).astype(np.float32)
-    # Some batches are spikes, so that there is something to clip.
+    # Some batches are spikes, which are clipped.
     scale = np.where(np.arange(NUM_STEPS) % 10 == 9, np.float32(30), np.float32(1))
     return params, (x, np.sin(x[:, :, :1]) * scale[:, None, None])
 
@@ -44,7 +44,7 @@ def train(value_and_grad, params, batches):
     return jax.lax.scan(step, (params, tx.init(params)), batches)
 
 
-def test_autoclip_and_adamw_train_as_with_jax(problem):
+def test_autoclip_and_adamw_train_like_with_jax(problem):
     compressed = height_compressed_value_and_grad(loss_of, block_size=4)
     (params, state), losses = train(compressed, *problem)
     (plain_params, plain_state), plain_losses = train(jax.value_and_grad(loss_of), *problem)

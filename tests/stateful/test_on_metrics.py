@@ -1,6 +1,6 @@
-"""`apply_grads` tells `on_metrics` about every group and step, wherever the step runs.
+"""`apply_grads` reports every group and step to `on_metrics`, wherever the step runs.
 
-The expected records are those of NumPy in float64; training steps are compared with plain loops.
+NumPy computes the expected records in float64. Training steps are compared with plain loops.
 """
 
 import functools
@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from breadth import each_value, long_but
 from flax.training import train_state
 from trees import random_tree
 
@@ -40,7 +41,7 @@ CLIPPERS = {
     "agc": lambda **options: smartclip.AGC(clipping=CLIPPING, **options),
 }
 ALGOS = {"percentile": "autoclip", "auto": "autoclip", "zscore": "zscore", "agc": "agc"}
-LEARNT = {
+LEARNED = {
     "percentile": lambda norms: reference.percentile_thresholds(norms, PERCENTILE, WINDOW),
     "auto": lambda norms: reference.lower_fence_thresholds(norms, warmup_steps=1),
     "zscore": lambda norms: reference.zscore_thresholds(norms, warmup_steps=0),
@@ -67,7 +68,7 @@ def groups_by_hand(name, scope):
 
 
 def records_by_hand(name, scope, grads=GRADS, warmup_steps=WARMUP_STEPS):
-    """What `on_metrics` should be given, step by step, in each step group by group."""
+    """The expected records, in the order of the steps and, in each step, of the groups."""
     columns = []
     for key, paths in groups_by_hand(name, scope).items():
         norms = [reference.norm([leaf(tree, path) for path in paths]) for tree in grads]
@@ -76,11 +77,11 @@ def records_by_hand(name, scope, grads=GRADS, warmup_steps=WARMUP_STEPS):
             limits = [CLIPPING * weight_norm] * len(norms)
             of_group = [{"weight_norm": weight_norm, "target": limit} for limit in limits]
         else:
-            limits = LEARNT[name](norms)
+            limits = LEARNED[name](norms)
             of_group = [{"threshold": limit} for limit in limits]
         column = []
         for step, (norm, limit) in enumerate(zip(norms, limits, strict=True)):
-            # The norm to be judged is one of those that warm-up waits for.
+            # Warm-up counts the norm that is compared with the threshold.
             ready = np.isfinite(norms[:step]).sum() + 1 >= warmup_steps
             over = bool(ready and norm > limit)
             scale = (limit / norm if over else 1.0) if math.isfinite(norm) else 0.0
@@ -154,32 +155,30 @@ def check_run(way, name, scope):
                 np.testing.assert_allclose(leaf(actual, path), scale * leaf(grads, path), rtol=2e-5)
 
 
+SHORT = [("percentile", "global"), ("agc", "per_layer"), ("auto", "per_layer")]
+SHORT.append(("zscore", "per_param"))
+
+
+@pytest.mark.parametrize("case", long_but(SHORT, itertools.product(CLIPPERS, LABELS)), ids="-".join)
+def test_each_group_of_each_jitted_step_is_reported_as_by_hand(case):
+    check_run(run_jitted, *case)
+
+
 @pytest.mark.parametrize(
-    ("name", "scope"),
-    [
-        *itertools.product(["percentile", "agc"], LABELS),
-        ("auto", "per_layer"),
-        ("zscore", "per_param"),
-    ],
+    ("case", "way"),
+    each_value([("percentile", "per_param"), ("agc", "per_layer")], [run_eagerly, run_in_scan]),
 )
-def test_each_group_of_each_jitted_step_is_reported_as_by_hand(name, scope):
-    check_run(run_jitted, name, scope)
+def test_eager_and_scanned_steps_are_reported_in_the_same_way(case, way):
+    check_run(way, *case)
 
 
-@pytest.mark.parametrize("way", [run_eagerly, run_in_scan])
-@pytest.mark.parametrize(("name", "scope"), [("percentile", "per_param"), ("agc", "per_layer")])
-def test_eager_steps_and_those_of_a_scan_are_reported_in_the_same_way(name, scope, way):
-    check_run(way, name, scope)
-
-
-@pytest.mark.parametrize("way", [run_eagerly, run_jitted])
-@pytest.mark.parametrize("name", ["auto", "zscore"])
-def test_the_first_threshold_is_unknown_and_in_warm_up_it_is_what_has_been_learnt(name, way):
+@pytest.mark.parametrize(("name", "way"), each_value(["auto", "zscore"], [run_eagerly, run_jitted]))
+def test_in_warm_up_the_threshold_is_unknown_and_then_the_learned_one(name, way):
     _, records = run(way, name, "global")
     in_warmup = records[: WARMUP_STEPS - 1]
     assert in_warmup[0]["threshold"] == LARGEST
-    learnt = LEARNT[name]([record["grad_norm"] for record in in_warmup])[1]
-    np.testing.assert_allclose(in_warmup[1]["threshold"], learnt, rtol=1e-5)
+    learned = LEARNED[name]([record["grad_norm"] for record in in_warmup])[1]
+    np.testing.assert_allclose(in_warmup[1]["threshold"], learned, rtol=1e-5)
     assert [(record["scale"], record["clipped"]) for record in in_warmup] == [(1.0, False)] * 2
 
 
@@ -197,14 +196,13 @@ NAN_AT = 4
 
 
 def grads_with_nan():
-    """One leaf of one step is NaN, and so are the groups that it is in."""
+    """The gradients with a NaN in one leaf of one step."""
     grads = [jax.tree.map(np.array, tree) for tree in GRADS]
     grads[NAN_AT]["head"]["kernel"][0, 0] = np.nan
     return grads
 
 
-@pytest.mark.parametrize("way", [run_eagerly, run_jitted])
-@pytest.mark.parametrize("name", CLIPPERS)
+@pytest.mark.parametrize(("name", "way"), each_value(CLIPPERS, [run_jitted, run_eagerly]))
 def test_a_nan_gradient_has_the_largest_norm_and_the_scale_zero(name, way):
     clipped, records = run(way, name, "per_layer", grads_with_nan())
     assert_records(records, records_by_hand(name, "per_layer", grads_with_nan()))
@@ -237,7 +235,7 @@ def clip_with(clipper, on_metrics):
 
 
 def num_callbacks(function):
-    """In the program of JAX and in that which is compiled."""
+    """The numbers of callbacks in the jaxpr and in the lowered program."""
     jaxpr, lowered = jax.make_jaxpr(function)(PARAMS), jax.jit(function).lower(PARAMS).as_text()
     return str(jaxpr).count("io_callback["), lowered.count("callback(")
 
@@ -256,24 +254,24 @@ def test_with_on_metrics_there_is_one_callback_for_all_groups_of_a_step(name):
     assert num_callbacks(clip) == (1, 1)
 
 
-# What it raises.
+# Exceptions of `on_metrics`.
 
 
 class ComplaintError(Exception):
-    """Of the user's own."""
+    """An exception of the user."""
 
 
 def complain(record):
     raise ComplaintError(f"no {record['algo']} today")
 
 
-def test_what_on_metrics_raises_in_an_eager_step_comes_as_it_is():
+def test_an_exception_of_on_metrics_in_an_eager_step_is_not_changed():
     clip = clip_with(CLIPPERS["agc"](scope="global"), complain)
     with pytest.raises(ComplaintError, match=r"^no agc today$"):
         clip(PARAMS)
 
 
-def test_what_on_metrics_raises_in_a_jitted_step_is_in_the_message_of_the_error():
+def test_an_exception_of_on_metrics_in_a_jitted_step_is_in_the_message_of_the_error():
     step = jax.jit(clip_with(CLIPPERS["agc"](scope="global"), complain))
 
     def take_step():
@@ -282,7 +280,7 @@ def test_what_on_metrics_raises_in_a_jitted_step_is_in_the_message_of_the_error(
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="ComplaintError: no agc today"):
         take_step()
-    # Nothing of it is left for the steps of others.
+    # It does not affect the steps of other clippers.
     jax.effects_barrier()
     _, records = run(run_jitted, "agc", "global")
     assert len(records) == len(GRADS)
@@ -291,7 +289,7 @@ def test_what_on_metrics_raises_in_a_jitted_step_is_in_the_message_of_the_error(
 # Other arguments.
 
 
-NO_CLIPPERS = {
+NOT_CLIPPERS = {
     "ClipperTransformation": smartclip.autoclip(),
     "GradientTransformation": optax.GradientTransformation(*optax.sgd(0.1)),
     "type": smartclip.AutoClip,
@@ -300,12 +298,12 @@ NO_CLIPPERS = {
 }
 
 
-@pytest.mark.parametrize("given", NO_CLIPPERS)
-def test_something_else_than_a_clipper_is_refused_by_its_name(given):
-    # Without the type checker that only tests have.
+@pytest.mark.parametrize("given", NOT_CLIPPERS)
+def test_an_object_of_another_type_is_refused_by_the_name_of_its_type(given):
+    # Without the type checker, which only the tests use.
     apply_grads = inspect.unwrap(smartclip.apply_grads)
     with pytest.raises(TypeError, match=f"^`clipper` must be .* got {given}\\."):
-        apply_grads(PARAMS, PARAMS, NO_CLIPPERS[given])
+        apply_grads(PARAMS, PARAMS, NOT_CLIPPERS[given])
 
 
 def mixed_params():
@@ -323,13 +321,12 @@ def mixed_loss(params, factor):
     return factor * sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in floating)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jitted"])
-@pytest.mark.parametrize("name", ["percentile", "agc"])
-def test_leaves_keep_their_dtypes_and_those_that_are_no_floats_pass(name, compiled):
+@pytest.mark.parametrize(("name", "compiled"), each_value(["percentile", "agc"], [True, False]))
+def test_floats_keep_their_dtypes_and_other_leaves_pass(name, compiled):
     clipper = CLIPPERS[name](scope="global", warmup_steps=0, min_history=0)
     params, records, passed = mixed_params(), [], []
 
-    # The gradient of an integer is a float0, of which there is nothing on a device.
+    # The gradient of an integer is a float0, which has no buffer on a device.
     derive = jax.jit(jax.grad(mixed_loss, allow_int=True))
 
     def step(factor):
@@ -380,7 +377,7 @@ def loss(params, batch):
 
 @functools.cache
 def train_by_hand():
-    """The parameters and the records of each step, clipped by layers as "percentile" is."""
+    """The parameters and the records of each step, clipped per layer as by "percentile"."""
     derive = jax.jit(jax.grad(loss))
     params, stream, history, records = PARAMS, [], [], []
     for batch in zip(INPUTS, TARGETS, strict=True):
@@ -398,7 +395,7 @@ def train_by_hand():
     return history, records
 
 
-@pytest.mark.parametrize("donated", [(), 0], ids=["kept", "donated"])
+@pytest.mark.parametrize("donated", long_but([0], [(), 0]), ids=["kept", "donated"])
 def test_a_step_of_a_flax_train_state_trains_as_the_loop_by_hand(donated):
     clipper = CLIPPERS["percentile"](scope="per_layer", **GATE)
     records = []
