@@ -18,7 +18,7 @@ PROGRAM = Path(crashing_run.__file__)
 # The limit for each process, which needs about 6 on an idle machine.
 SECONDS = 120
 # Whether each kill has to happen during a save.
-WITHIN_A_SAVE = [True, False]
+WITHIN_A_SAVE = [True, False, True]
 
 
 def start(stack, folder, name):
@@ -105,8 +105,8 @@ def kill(process, log, folder, after, delay, within_a_save):
 
 def test_a_run_that_is_killed_during_a_save_ends_like_an_undisturbed_run(tmp_path):
     rng = np.random.default_rng(0)
-    steps = np.array([15, 60]) + rng.integers(15, size=2)
-    delays = rng.uniform(0.0, 0.02, size=2)
+    steps = np.array([15, 45, 75]) + rng.integers(15, size=3)
+    delays = rng.uniform(0.0, 0.02, size=3)
     folder = tmp_path / "killed"
     newest = ["None"]
     with contextlib.ExitStack() as stack:
