@@ -13,10 +13,10 @@ from documents import ROOT
 COLABS = ROOT / "docs" / "colabs"
 NOTEBOOKS = sorted(COLABS.glob("*.ipynb"))
 
-# What shows something, if it is what a cell says last or calls anywhere.
+# Calls that show something.
 SHOWS = ("print(", "plotting.plot_", "plt.subplots(", "visualize_array_sharding(")
 
-# Paths, of which each machine has its own, and addresses of objects.
+# Paths of one machine, and addresses of objects.
 OF_ONE_MACHINE = re.compile(r"(?<![\w:/<.*)])/\w[\w.-]*/\w|/tmp/|site-packages| at 0x[0-9a-f]{6}")
 
 
@@ -29,7 +29,7 @@ def sources(notebook, kind):
 
 
 def text_of(output):
-    """What an output says, apart from pictures."""
+    """The text of an output, without pictures."""
     data = [
         value for kind, value in output.get("data", {}).items() if not kind.startswith("image/")
     ]
@@ -50,7 +50,7 @@ def test_there_are_six_in_order():
     assert [path.name[:2] for path in NOTEBOOKS] == ["1_", "2_", "3_", "4_", "5_", "6_"]
 
 
-def test_is_of_the_current_format_and_has_nothing_of_the_machine_that_ran_it(path):
+def test_has_the_current_format_and_no_trace_of_the_machine_that_ran_it(path):
     notebook = load(path)
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
     assert notebook["metadata"] == {
@@ -86,7 +86,7 @@ def test_each_cell_was_run_in_order_and_shows_what_it_prints_and_plots(path):
         kinds = {output["output_type"] for output in outputs}
         assert "error" not in kinds, source
         assert all(output.get("name") != "stderr" for output in outputs), source
-        # Of functions that are only defined, nothing is shown.
+        # A function that is only defined shows nothing.
         body = ast.parse(python(source)).body
         run = [node for node in body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
         called = "\n".join(map(ast.unparse, run))
@@ -96,7 +96,7 @@ def test_each_cell_was_run_in_order_and_shows_what_it_prints_and_plots(path):
             assert outputs, source
         if "plotting.plot_" in called or "plt.subplots(" in called:
             assert any("image/png" in output.get("data", {}) for output in outputs), source
-            # A plot, and not the name of its object.
+            # The cell shows a plot, and not the name of its object.
             assert not any("text/plain" in output.get("data", {}) for output in outputs), source
 
 

@@ -12,7 +12,7 @@ from documents import ROOT
 
 def train_on_mesh(num_devices):
     """The numbers of each printed step."""
-    # Its devices are its own affair, and not those of the tests.
+    # The program chooses its own devices, not those of the tests.
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     program = ROOT / "examples" / "train_on_mesh.py"
     printed = subprocess.run(
@@ -36,12 +36,12 @@ def test_training_on_a_mesh_is_that_on_one_device_and_learns():
     steps, losses = on_mesh[:, 0], on_mesh[:, 1]
     np.testing.assert_array_equal(steps, np.arange(10, 41, 10))
     assert losses[-1] < losses[0] - 0.5
-    # The clipper counts all steps, also those before the stop.
+    # The clipper also counts the steps before the stop.
     np.testing.assert_array_equal(on_mesh[:, -1], steps)
     assert np.all(np.isfinite(on_mesh[1:]))
 
 
-# In a process of its own: the flags of a program are global.
+# Runs in a process of its own, because the flags of a program are global.
 COVERAGE = """
 import sys
 

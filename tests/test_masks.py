@@ -1,4 +1,4 @@
-"""The ready-made masks, also in the hands of Optax."""
+"""The ready-made masks, by themselves and in Optax."""
 
 import flax.linen as nn
 import jax
@@ -38,7 +38,7 @@ def test_every_needs_all_masks_to_agree_on_parameters_in_boxes(reverse):
     assert mask == nothing(PARAMS)
 
 
-def test_masks_serve_optax():
+def test_masks_work_in_optax():
     tx = optax.masked(optax.scale(0.0), masks.except_paths("head"))
     updates, _ = tx.update(PARAMS, tx.init(PARAMS))
     assert updates["head"]["bias"][0] == 1
@@ -50,12 +50,12 @@ def test_a_pattern_that_matches_nothing_is_an_error_that_lists_the_paths():
         masks.except_paths("haed")(PARAMS)
 
 
-def test_what_is_no_regular_expression_is_an_error():
+def test_an_invalid_regular_expression_is_an_error():
     with pytest.raises(ValueError, match=r"`patterns` must be regular expressions, got '\('"):
         masks.except_paths("(")
 
 
-def test_no_pattern_is_an_error():
+def test_a_missing_pattern_is_an_error():
     with pytest.raises(ValueError, match="`patterns` must have at least one"):
         masks.except_paths()
 

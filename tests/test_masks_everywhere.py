@@ -1,12 +1,12 @@
-"""`mask=` of every clipper and of `skip_spikes`: what is left out is in no norm or decision."""
+"""`mask=` of every clipper and of `skip_spikes`: leaves outside the mask have no influence."""
 
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import reference
 from breadth import each_value
 from clipper_table import CLIPPERS
 from steps import run
@@ -15,9 +15,10 @@ from trees import assert_same_bits
 import optax_smartclip as smartclip
 from optax_smartclip import masks
 
+SHAPES = {"frozen": {"w": (3, 2)}, "trained": {"w": (3, 2), "lora": (2,)}}
 PARAMS = {
-    "frozen": {"w": jnp.full((3, 2), 0.5)},
-    "trained": {"w": jnp.full((3, 2), 0.5), "lora": jnp.full(2, 0.5)},
+    name: {leaf: np.full(shape, 0.5, np.float32) for leaf, shape in shapes.items()}
+    for name, shapes in SHAPES.items()
 }
 MASKS = {
     "tree": {"frozen": {"w": False}, "trained": {"w": True, "lora": True}},
@@ -32,7 +33,7 @@ def gradient(step):
 
 
 @pytest.mark.parametrize(("name", "mask", "bad"), each_value(CLIPPERS, MASKS, [1e30, np.nan]))
-def test_the_rest_is_clipped_as_if_it_were_alone(name, mask, bad):
+def test_the_other_leaves_are_clipped_as_if_they_were_alone(name, mask, bad):
     grads = [gradient(step) for step in range(12)]
     grads = [{**g, "frozen": {"w": g["frozen"]["w"] * np.float32(bad)}} for g in grads]
     updates, _ = run(CLIPPERS[name](mask=MASKS[mask]), PARAMS, grads)
@@ -43,7 +44,7 @@ def test_the_rest_is_clipped_as_if_it_were_alone(name, mask, bad):
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_skip_spikes_does_not_judge_what_is_left_out(mask):
+def test_skip_spikes_ignores_leaves_outside_the_mask(mask):
     tx = smartclip.skip_spikes(optax.identity(), mask=mask, warmup_steps=4)
     grads = [gradient(step) for step in range(12)]
     grads[9]["frozen"]["w"] = grads[9]["frozen"]["w"] * np.float32(np.nan)
@@ -55,21 +56,24 @@ def test_skip_spikes_does_not_judge_what_is_left_out(mask):
     assert not np.any(updates[11]["frozen"]["w"])
 
 
-def test_a_frozen_gradient_has_no_part_in_how_others_are_clipped():
+def test_a_frozen_gradient_does_not_change_the_clipping_of_others():
     labels = {"frozen": "freeze", "trained": "train"}
     split = optax.partition({"train": optax.sgd(1.0), "freeze": optax.set_to_zero()}, labels)
     clipper = smartclip.autoclip(max_norm=1.0, mask=masks.except_paths("^frozen"))
     tx = optax.chain(clipper, split)
     grads = {
-        "frozen": {"w": jnp.full((3, 2), 100 / 6**0.5)},
-        "trained": {"w": jnp.full((3, 2), 8**-0.5), "lora": jnp.full(2, 8**-0.5)},
+        "frozen": {"w": np.full((3, 2), 100 / 6**0.5, np.float32)},
+        "trained": {
+            "w": np.full((3, 2), 8**-0.5, np.float32),
+            "lora": np.full(2, 8**-0.5, np.float32),
+        },
     }
     (updates,), state = run(tx, PARAMS, [grads])
-    assert float(optax.tree.norm(updates)) == pytest.approx(1.0)
+    assert reference.norm(updates) == pytest.approx(1.0)
     assert float(smartclip.metrics(state)["grad_norm"]) == pytest.approx(1.0)
 
 
-def test_the_groups_are_those_of_all_leaves_whatever_the_mask():
+def test_the_groups_do_not_depend_on_the_mask():
     for mask in (None, *MASKS.values()):
         state = smartclip.autoclip(scope="per_param", mask=mask).init(PARAMS)
         assert state.num_observed.shape == (3,)
@@ -89,7 +93,7 @@ def test_skip_spikes_refuses_a_mask_without_a_leaf_in_init():
 
 
 @pytest.mark.parametrize("wrap", [optax.masked, optax.transforms.selective_transform])
-def test_around_a_clipper_a_mask_means_the_same(wrap):
+def test_a_mask_around_a_clipper_means_the_same(wrap):
     grads = [gradient(step) for step in range(12)]
     clipper = partial(smartclip.autoclip, warmup_steps=2)
     expected, _ = run(clipper(mask=MASKS["prefix"]), PARAMS, grads)

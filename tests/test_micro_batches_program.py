@@ -1,11 +1,11 @@
-"""What `benchmarks/micro_batches.py` trains on, and the intervals that it prints."""
+"""The batches of `benchmarks/micro_batches.py`, and the intervals that it prints."""
 
 import jax
 import micro_batches
 import numpy as np
 
 
-def test_without_damage_batches_are_the_same_and_the_damaged_examples_are_anywhere_in_one():
+def test_damage_changes_four_examples_anywhere_in_a_batch_and_no_others():
     keys = jax.random.split(jax.random.key(0), 300)
     with jax.numpy_rank_promotion("allow"):
         damaged, undamaged = (

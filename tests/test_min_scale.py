@@ -1,4 +1,4 @@
-"""`min_scale`: no finite gradient is multiplied by less, whatever the threshold and `max_norm`."""
+"""`min_scale`: a finite gradient is never multiplied by less, for any threshold and `max_norm`."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -27,7 +27,7 @@ def gradients():
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_scales_below_it_are_raised_to_it_and_the_state_stays_the_same(name):
+def test_smaller_scales_are_raised_to_it_and_the_history_stays_the_same(name):
     grads = gradients()
 
     @jax.jit
@@ -49,7 +49,7 @@ def test_scales_below_it_are_raised_to_it_and_the_state_stays_the_same(name):
         floors = MIN_SCALES.reshape(-1, *[1] * leaf.ndim)
         assert np.min(scales[0]) < 1e-6
         np.testing.assert_allclose(scales, np.maximum(scales[0], floors), rtol=1e-6)
-    # One number for each step or one for each group: that of the units is the smallest.
+    # One number for each step or for each group. For units, it is the smallest scale.
     reported = np.asarray(reported)[:, finite]
     floors = MIN_SCALES.reshape(-1, *[1] * (reported.ndim - 1))
     np.testing.assert_allclose(reported, np.maximum(reported[0], floors), rtol=1e-6)
@@ -78,14 +78,14 @@ def test_the_scale_is_the_larger_one_of_the_floor_and_the_formula(norm, limit, m
 
 
 @pytest.mark.parametrize("min_scale", [0.0, 0.5])
-def test_a_norm_that_is_not_finite_has_its_threshold_and_no_scale(min_scale):
+def test_a_norm_that_is_not_finite_keeps_its_threshold_and_has_no_scale(min_scale):
     norms = np.float32([np.nan, np.inf])
     scales, limits = scale_and_limit(norms, np.float32([2.0, 3.0]), np.float32(min_scale))
     assert np.all(scales < 0)
     np.testing.assert_array_equal(limits, [2.0, 3.0])
 
 
-def test_it_goes_before_max_norm_and_the_record_says_so():
+def test_it_overrides_max_norm_in_the_update_and_in_the_record():
     tx = smartclip.autoclip(max_norm=1.0, min_scale=0.25)
     grads = {"w": jnp.float32([0.0, 8.0])}
     updates, state = jax.jit(tx.update)(grads, tx.init(grads))

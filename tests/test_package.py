@@ -1,4 +1,4 @@
-"""What a user installs: the declared dependencies, the wheel, the public names."""
+"""The installed package: its declared dependencies, its wheel and its public names."""
 
 import ast
 import importlib.metadata
@@ -17,7 +17,7 @@ DISTRIBUTION = "optax-smartclip"
 
 
 def requirements(distribution):
-    """The names that a distribution needs without extras, normalized."""
+    """The normalized names that a distribution needs without extras."""
     return {
         re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", line)[0]).lower()
         for line in importlib.metadata.requires(distribution) or []
@@ -33,7 +33,7 @@ def test_depends_on_seven_distributions_each_with_a_floor():
 
 
 def third_party(nodes):
-    """What import statements load that is neither Python's nor ours."""
+    """The imported modules that are neither Python's nor ours."""
     names = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -60,7 +60,7 @@ def wheel(tmp_path_factory):
         return zipfile.ZipFile(folder / hatchling.build.build_wheel(str(folder)))
 
 
-def test_wheel_has_the_package_and_nothing_else(wheel):
+def test_wheel_contains_only_the_package(wheel):
     names = set(wheel.namelist())
     expected = {
         str(path.relative_to(ROOT))
@@ -73,7 +73,7 @@ def test_wheel_has_the_package_and_nothing_else(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_version_stands_in_one_place(wheel):
+def test_version_is_written_in_one_place(wheel):
     (metadata,) = [name for name in wheel.namelist() if name.endswith("METADATA")]
     assert f"\nVersion: {optax_smartclip.__version__}\n" in wheel.read(metadata).decode()
     assert optax_smartclip.__version__ not in (ROOT / "pyproject.toml").read_text()

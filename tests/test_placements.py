@@ -1,6 +1,6 @@
 """The table of `benchmarks/placements.py`: against float64, and the signs that its page names.
 
-Runs are short: where updates are still disturbed at the end, all steps count.
+Runs are short. If updates are still disturbed at the end, all steps count.
 """
 
 import jax
@@ -57,7 +57,7 @@ def effect(name, place, seed=0):
 
 
 @pytest.mark.parametrize("name", long_but({"adam"}, BY_HAND))
-def test_a_spike_that_is_not_clipped_does_what_it_does_in_float64(name):
+def test_an_unclipped_spike_has_the_effect_that_it_has_in_float64(name):
     gradients = np.float64(make_stream(0, STEPS_BEFORE + NUM_STEPS).gradients)
     spiked = gradients.copy()
     spiked[STEPS_BEFORE] *= 100
@@ -68,8 +68,8 @@ def test_a_spike_that_is_not_clipped_does_what_it_does_in_float64(name):
     assert num_steps == np.flatnonzero(differs)[-1] + 1
 
 
-# Where a spike of 100 that is not clipped makes the update longer, and in how many steps it still
-# shows, at least and at most.
+# The optimizers whose update an unclipped spike of 100 makes longer, and the least and the largest
+# number of steps that it disturbs.
 LONGER = {"sgd", "sgd, momentum 0.9", "adam", "adamw"}
 DISTURBED = {
     "sgd": (1, 1),
@@ -84,15 +84,15 @@ DISTURBED = {
 
 
 @pytest.mark.parametrize("name", long_but({"contrib.muon"}, OPTIMIZERS))
-def test_before_it_a_clipper_bounds_what_is_remembered_and_after_it_the_step_alone(name):
+def test_a_clipper_before_the_optimizer_bounds_the_moments_and_one_after_it_the_step(name):
     before, forgotten = effect(name, "before")
     after, remembered = effect(name, "after")
     assert 0.7 < before < 1.25
     assert 0.7 < after < 1.25
-    # L-BFGS has the last ten pairs, and learns the curvature from the cut gradient.
+    # L-BFGS stores the last ten pairs, and estimates the curvature from the clipped gradient.
     assert forgotten <= (11 if name == "lbfgs" else 1)
     low, high = DISTURBED[name]
-    # The only step that an optimizer without a memory has to be bounded in is that of the spike.
+    # Without a memory, the spike disturbs its own step only.
     assert (0 if name == "sgd" else low) <= remembered <= high
 
 

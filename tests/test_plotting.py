@@ -1,4 +1,4 @@
-"""What is drawn, read back from the axes, is what the metrics say."""
+"""The artists on the axes show the metrics that were passed."""
 
 import functools
 import subprocess
@@ -28,22 +28,31 @@ SIZES[30] = 0.0
 
 
 def new_axes():
-    """Axes that no backend knows of."""
+    """Axes without a backend."""
     return Figure(figsize=(8, 3.5)).subplots()
 
 
-def collect(tx, sizes):
-    """The metrics of a clipper, stacked over steps. Sizes are [steps], or [steps, leaves]."""
-    sizes = jnp.broadcast_to(jnp.float32(sizes).reshape(len(sizes), -1), (len(sizes), 2))
+def collect_seeds(tx, sizes):
+    """The metrics of a clipper, stacked over steps, for each seed.
+
+    Sizes are [seeds, steps], or [seeds, steps, leaves].
+    """
 
     def step(state, sizes):
         grads = {"body": jnp.array([sizes[0], 0]), "head": jnp.array([0, sizes[1]])}
         _, state = tx.update(grads, state, PARAMS)
         return state, smartclip.metrics(state)
 
+    run = jax.jit(lambda sizes: jax.lax.scan(step, tx.init(PARAMS), sizes)[1])
+    sizes = np.float32(sizes).reshape(*np.shape(sizes)[:2], -1)
+    sizes = np.broadcast_to(sizes, (*sizes.shape[:2], 2))
     with jax.numpy_dtype_promotion("standard"):
-        stacked = jax.jit(lambda sizes: jax.lax.scan(step, tx.init(PARAMS), sizes))(sizes)[1]
-    return jax.device_get(stacked)
+        return [jax.device_get(run(of_seed)) for of_seed in sizes]
+
+
+def collect(tx, sizes):
+    """The metrics of one seed. Sizes are [steps], or [steps, leaves]."""
+    return collect_seeds(tx, np.asarray(sizes)[None])[0]
 
 
 def unstack(stacked):
@@ -89,7 +98,7 @@ def only_drawable(values):
     return np.where((values > 0) & (values < LARGEST), values, NAN)
 
 
-def test_norm_and_threshold_are_those_of_the_metrics_with_gaps_where_there_is_no_number(plain):
+def test_norm_and_threshold_are_those_of_the_metrics_with_gaps_at_missing_numbers(plain):
     lines = drawn(plotting.plot_norms(plain, ax=new_axes()))
     steps = np.arange(1, STEPS + 1)
     for name, field in (("norm", "grad_norm"), ("threshold", "clip_threshold")):
@@ -107,7 +116,7 @@ def test_marks_stand_at_the_clipped_the_nonfinite_and_the_zero_steps(plain):
     assert {20, 40} <= set(clipped)
     np.testing.assert_array_equal(marks["clipped"][:, 0], clipped + 1)
     np.testing.assert_array_equal(marks["clipped"][:, 1], plain["grad_norm"][clipped])
-    # At the edges, where the height is a share of that of the axes.
+    # Marks at the edges have their height in axes coordinates.
     np.testing.assert_allclose(marks["_not finite"], [[26, 0.97], [46, 0.97]])
     np.testing.assert_allclose(marks["_zero"], [[31, 0.03]])
     heights = {line.get_label(): line.get_transform() for line in ax.get_lines()}
@@ -125,7 +134,7 @@ def test_marks_stand_at_the_clipped_the_nonfinite_and_the_zero_steps(plain):
     ]
 
 
-def test_the_kinds_of_marks_differ_in_shape_and_in_colour(with_skips):
+def test_the_kinds_of_marks_differ_in_shape_and_in_color(with_skips):
     lines = plotting.plot_norms(with_skips, ax=new_axes()).get_lines()
     marks = [line for line in lines if line.get_linestyle() == "None" and ":" in line.get_label()]
     assert len(marks) == 4
@@ -133,7 +142,7 @@ def test_the_kinds_of_marks_differ_in_shape_and_in_colour(with_skips):
     assert all(line.get_linestyle() == "None" or line.get_marker() == "None" for line in lines)
 
 
-def test_a_list_of_steps_draws_what_stacked_metrics_draw(with_skips, grouped):
+def test_a_list_of_steps_is_drawn_as_stacked_metrics(with_skips, grouped):
     for stacked, options in ((with_skips, {}), (grouped, {"group": 1})):
         as_list = [{"loss": "ignored", **step} for step in unstack(stacked)]
         first = plotting.plot_norms(stacked, **options, ax=new_axes())
@@ -156,7 +165,7 @@ def test_a_dropped_step_is_drawn_with_its_own_norm_and_not_with_the_clippers_old
     np.testing.assert_array_equal(lines["_skipped"][:, 0], [26, 46])
     threshold = only_drawable(with_skips["skip_norm_threshold"])
     np.testing.assert_array_equal(lines["skip threshold"][:, 1], threshold)
-    # As the clipper counted them itself.
+    # The clipper's own counts agree.
     assert len(lines["clipped"]) == with_skips["num_clipped"][-1]
     assert not {21, 41} & set(lines["clipped"][:, 0])
 
@@ -180,7 +189,7 @@ def test_micro_steps_are_left_out():
     tx = optax.MultiSteps(smartclip.zscore_clip(), every_k_schedule=3)
     logs = collect(tx.gradient_transformation(), np.arange(1.0, 13.0))
     lines = drawn(plotting.plot_norms(logs, ax=new_axes()))
-    # Of the means of 1 to 3, 4 to 6 and so on.
+    # The steps are the means of 1 to 3, 4 to 6 and so on.
     expected = np.stack([[3, 6, 9, 12], 2**0.5 * np.array([2, 5, 8, 11])], axis=1)
     np.testing.assert_allclose(lines["norm"], expected, rtol=1e-6)
 
@@ -197,7 +206,7 @@ def test_each_of_several_clippers_is_drawn_by_its_place(plain):
         message = f"`clipper` must be one of '0', 'inner/1', got {clipper!r}"
         with pytest.raises(ValueError, match=message):
             plotting.plot_norms(logs, clipper=clipper, ax=new_axes())
-    # Of one, whatever somebody has put before its names, nothing need be said.
+    # A single clipper needs no place, whatever prefix its names have.
     one = {f"train/{name}": values for name, values in plain.items()}
     assert len(drawn(plotting.plot_norms(one, ax=new_axes()))["norm"]) == STEPS
 
@@ -213,7 +222,7 @@ def test_one_of_several_groups_is_drawn_by_its_number(grouped):
             plotting.plot_norms(grouped, group=group, ax=new_axes())
 
 
-def test_of_one_group_nothing_is_drawn_in_a_step_that_its_clipper_did_not_see(grouped, with_skips):
+def test_one_group_has_a_gap_in_a_step_that_its_clipper_did_not_see(grouped, with_skips):
     skips = {name: values for name, values in with_skips.items() if "skip" in name}
     seen = np.arange(1, STEPS + 1) - skips["num_skipped"]
     logs = {**grouped, **skips, "num_steps": np.stack([seen, seen], axis=1)}
@@ -247,11 +256,11 @@ def test_a_long_run_is_drawn_at_once_and_keeps_every_spike():
     assert len(lines["norm"]) <= 4000
     assert set(spikes + 1) <= set(lines["norm"][:, 0])
     np.testing.assert_array_equal(lines["clipped"], np.stack([spikes + 1, norms[spikes]], axis=1))
-    # The lower edge of the band: the least of every bin of 500.
+    # The lower edge of the band is the minimum of each bin of 500.
     least = norms.reshape(2000, 500).min(axis=1)
     assert set(least) <= set(lines["norm"][:, 1])
 
-    # With every step clipped: the highest of each 400th part.
+    # With every step clipped, the marks are the maximum of each 400th part.
     crowded = drawn(plotting.plot_norms({**logs, "clip_threshold": np.zeros(steps)}, ax=new_axes()))
     highest = norms.reshape(400, -1).max(axis=1)
     np.testing.assert_array_equal(crowded["clipped"][:, 1], highest)
@@ -269,7 +278,7 @@ def test_steps_may_be_numbered(plain, grouped):
             plotting.plot_norms(plain, steps=bad, ax=new_axes())
 
 
-def test_the_heat_map_has_the_clip_scale_of_each_group_and_crosses_where_norms_are_not_finite(
+def test_the_heat_map_has_the_clip_scale_of_each_group_and_crosses_at_nonfinite_norms(
     grouped,
 ):
     labels = smartclip.group_labels("per_param", PARAMS)
@@ -288,7 +297,7 @@ def test_the_heat_map_has_the_clip_scale_of_each_group_and_crosses_where_norms_a
     assert ax.figure.axes[1].get_ylabel() == "clip scale"
 
 
-def test_a_column_of_a_long_heat_map_is_the_least_of_its_steps():
+def test_a_column_of_a_long_heat_map_is_the_minimum_of_its_steps():
     steps, groups = 10_000, 60
     scale = np.random.default_rng(2).uniform(0.5, 1, size=(steps, groups))
     norms = np.ones((steps, groups))
@@ -312,21 +321,21 @@ SEEDS = 7
 
 @pytest.fixture(scope="module")
 def seeded():
-    """[seeds, steps], of which one seed alone drops its step 10."""
+    """Metrics [seeds, steps]; one seed drops its step 10."""
     sizes = SIZES * np.random.default_rng(3).lognormal(sigma=0.2, size=(SEEDS, STEPS))
     sizes[2, 10] = 1e4
     tx = smartclip.skip_spikes(smartclip.zscore_clip(1.0, warmup_steps=5))
-    return stack_seeds([collect(tx, row) for row in sizes])
+    return stack_seeds(collect_seeds(tx, sizes))
 
 
 @pytest.fixture(scope="module")
 def seeded_groups():
-    """[seeds, steps, groups]."""
+    """Metrics [seeds, steps, groups]."""
     sizes = np.random.default_rng(4).lognormal(sigma=0.3, size=(SEEDS, STEPS, 2))
     sizes[:, 20, 0] *= 100
     sizes[:, 25, 1], sizes[3, 30, 0], sizes[3, 32, 0] = NAN, NAN, 50.0
     tx = smartclip.zscore_clip(scope="per_param", warmup_steps=5)
-    return stack_seeds([collect(tx, rows) for rows in sizes])
+    return stack_seeds(collect_seeds(tx, sizes))
 
 
 def stack_seeds(logs):
@@ -338,7 +347,7 @@ def steps_before_seeds(logs):
 
 
 def percentiles_by_hand(values, percentiles):
-    """Of [seeds, steps], over the seeds that can be drawn; NaN where there are none."""
+    """Percentiles of [seeds, steps] over the seeds that can be drawn; NaN if there are none."""
     columns = [column[np.isfinite(column)] for column in only_drawable(values).T]
     nothing = np.full(len(percentiles), NAN)
     return np.stack([np.percentile(c, percentiles) if len(c) else nothing for c in columns], axis=1)
@@ -356,10 +365,10 @@ def bands(ax):
     return found
 
 
-def test_of_several_seeds_the_median_is_drawn_in_a_band(seeded):
+def test_several_seeds_are_drawn_as_their_median_in_a_band(seeded):
     ax = plotting.plot_norms(seeded, seed_axis=0, ax=new_axes())
     lines, areas = drawn(ax), bands(ax)
-    # A dropped step has a norm of its own, and the threshold of the step before.
+    # A dropped step has its own norm, and the threshold of the step before.
     norms = np.where(seeded["skipped"] > 0, seeded["skip_norm"], seeded["grad_norm"])
     values = {
         "norm": norms,
@@ -418,7 +427,7 @@ def test_the_heat_map_of_several_seeds_has_their_median(seeded_groups):
     values = ax.collections[0].get_array()
     finite = np.isfinite(seeded_groups["grad_norm"])
     scales = np.where(finite, seeded_groups["clip_scale"], NAN)
-    # Grey where no seed has a norm, a cross where one has none.
+    # Gray if no seed has a norm, a cross if one seed has none.
     assert np.argwhere(values.mask).tolist() == [[1, 25]]
     assert drawn(ax)["_child1"].tolist() == [[31, 0], [26, 1]]
     for group, row in enumerate(values):
@@ -431,9 +440,7 @@ def test_the_heat_map_of_several_seeds_has_their_median(seeded_groups):
 
 
 @pytest.mark.parametrize("draw", [plotting.plot_norms, plotting.plot_groups])
-def test_an_axis_of_seeds_that_was_not_named_or_is_another_one_is_an_error(
-    draw, seeded, seeded_groups, grouped
-):
+def test_a_missing_or_wrong_axis_of_seeds_is_an_error(draw, seeded, seeded_groups, grouped):
     without_skips = {name: values for name, values in seeded.items() if "skip" not in name}
     skips_alone = {name: values for name, values in seeded.items() if "skip" in name}
     alike = {name: np.tile(values[:1], (SEEDS, 1)) for name, values in seeded.items()}
@@ -457,7 +464,7 @@ def test_an_axis_of_seeds_that_was_not_named_or_is_another_one_is_an_error(
 
 
 def share_logs(steps=STEPS, groups=5):
-    """Of the last group most, but for a spike of the second one in a step in the middle."""
+    """Shares with most of the last group, except in one step of a spike in the second group."""
     squares = np.random.default_rng(5).lognormal(sigma=0.3, size=(steps, groups))
     squares[:, -1] *= 9
     squares[steps // 2, 1] *= 1000
@@ -465,7 +472,7 @@ def share_logs(steps=STEPS, groups=5):
 
 
 def areas(ax):
-    """How high each area is in each column, by label, and where the columns begin and end."""
+    """The height of each area in each column, by label, and the edges of the columns."""
     found = {}
     for area in ax.collections:
         x, y = area.get_paths()[0].vertices.T
@@ -489,11 +496,11 @@ def test_the_shares_of_the_groups_that_ever_held_the_most_are_stacked_on_each_ot
     np.testing.assert_allclose(found["other: 3"], shares[:, [0, 2, 3]].sum(axis=1), atol=1e-6)
     assert legend(ax) == ["other: 3", "b", "e"]
     assert ax.get_ylim() == (0, 1)
-    colours = [tuple(area.get_facecolor()[0]) for area in ax.collections]
-    assert len(set(colours)) == 3
+    colors = [tuple(area.get_facecolor()[0]) for area in ax.collections]
+    assert len(set(colors)) == 3
 
 
-def test_all_groups_have_a_colour_where_there_are_few_and_their_numbers_for_names():
+def test_few_groups_all_have_a_color_and_their_numbers_as_names():
     logs = share_logs(groups=3)
     as_list = [{"norm_share": row} for row in logs["norm_share"]]
     numbers = np.arange(10, 10 * STEPS + 1, 10)
@@ -539,7 +546,7 @@ def test_shares_of_another_form_are_refused(plain):
         draw(logs, steps=[1])
 
 
-def test_draws_where_it_is_told_and_changes_no_setting(plain, grouped):
+def test_draws_on_the_given_axes_and_changes_no_setting(plain, grouped):
     before = dict(mpl.rcParams)
     backend = mpl.get_backend()
     plt.switch_backend("Agg")
@@ -595,7 +602,7 @@ def test_metrics_of_another_form_are_refused(plain, grouped):
         plotting.plot_groups(grouped, labels=["a"], ax=new_axes())
 
 
-def test_the_package_needs_no_matplotlib_and_this_module_names_the_extra_that_has_it():
+def test_the_package_does_not_import_matplotlib_and_this_module_names_its_extra():
     program = """
 import sys
 import optax_smartclip

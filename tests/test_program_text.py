@@ -1,9 +1,9 @@
-"""Compiled programs are read right: texts whose figures are worked out by hand, and real ones."""
+"""Figures of compiled programs: texts with figures worked out by hand, and real programs."""
 
 import jax
 import jax.numpy as jnp
 import pytest
-from compilation import BY_DEFAULT
+from compilation import JUDGED
 from program_text import KERNELS, ProgramText, arrays, elements, shape_bytes
 
 # 1024 numbers: 4096 bytes.
@@ -58,12 +58,12 @@ def test_the_size_of_a_shape_is_that_of_its_arrays(shape, size):
     assert shape_bytes(shape) == size
 
 
-def test_a_memory_space_in_the_layout_says_what_is_not_in_main_memory():
+def test_the_memory_space_in_the_layout_tells_arrays_outside_main_memory():
     shape = f"({MAIN}, {FAST}, f32[2]{{0:S(0)}}, u32[]{{:S(2)}}, f32[5])"
     assert [array.in_main_memory for array in arrays(shape)] == [True, False, True, False, True]
 
 
-def test_a_tuple_is_taken_apart_at_its_own_commas_only():
+def test_a_tuple_is_split_at_its_own_commas_only():
     inner = "(f32[4096,1024]{1,0:T(8,128)}, s32[])"
     assert elements(f"({inner}, {FAST}, s32[]{{:S(2)}})") == [inner, FAST, "s32[]{:S(2)}"]
 
@@ -97,7 +97,7 @@ def test_a_fusion_reads_its_operands_and_writes_its_results():
     assert two.operations()["fusion"] == 2
 
 
-def test_what_is_fetched_into_fast_memory_is_read_once():
+def test_an_array_fetched_into_fast_memory_is_read_once():
     fetched = program(
         f"""
         %start = ({FAST}, {MAIN}, u32[]{{:S(2)}}) copy-start(%x)
@@ -110,7 +110,7 @@ def test_what_is_fetched_into_fast_memory_is_read_once():
     assert fetched.traffic() == 4096
 
 
-def test_what_is_put_back_from_fast_memory_is_written_once():
+def test_an_array_copied_back_from_fast_memory_is_written_once():
     put_back = program(
         f"""
         %first = {FAST} fusion(%x), kind=kLoop, calls=%double
@@ -299,7 +299,7 @@ def test_branches_are_apart_and_the_costliest_counts_with_the_loops_in_it(line):
     assert branched.operations()["copy"] == branched.operations()["conditional"] == 1
 
 
-def test_what_is_called_runs_in_every_step():
+def test_a_called_computation_runs_in_every_step():
     called = program(
         f"""
         %y = {MAIN} call(%x), to_apply=%costly
@@ -400,7 +400,7 @@ COLLECTIVES = {
 
 
 @pytest.mark.parametrize("case", COLLECTIVES)
-def test_a_collective_is_counted_once_however_it_is_written(case):
+def test_a_collective_is_counted_once_in_every_form(case):
     lines, found, moved = COLLECTIVES[case]
     written = program(lines, WRAPPED, ADD)
     assert dict(written.collectives()) == found
@@ -411,7 +411,7 @@ def test_a_collective_is_counted_once_however_it_is_written(case):
 
 
 def compiled(function, *arguments, **options):
-    return ProgramText(jax.jit(function, **options).lower(*arguments).compile(BY_DEFAULT).as_text())
+    return ProgramText(jax.jit(function, **options).lower(*arguments).compile(JUDGED).as_text())
 
 
 ROWS = jax.ShapeDtypeStruct((100, 1000), jnp.float32)

@@ -3,7 +3,7 @@
 The pages in docs/ link tests and programs in GitHub's form, by path, with the name of a function as
 the fragment:
 
-    [test](../tests/test_cost.py#test_an_update_does_not_sort_nor_leave_the_device)
+    [test](../tests/test_cost.py#test_an_update_does_not_sort_or_leave_the_device_and_has_no_loop_on_an_accelerator)
 
 In the site, each linked file gets its own page, with an anchor at each function.
 """

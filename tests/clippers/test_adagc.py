@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 import streams
+from breadth import each_value
 
 import optax_smartclip as smartclip
 
@@ -74,7 +75,7 @@ SETTINGS = [
 ]
 
 
-# No decision of the rule makes a jump, so that it does not matter how float32 takes a close one.
+# The rule is continuous, so a close decision that float32 takes differently does not matter.
 @pytest.mark.parametrize(
     ("arguments", "scope"),
     [(arguments, "per_param") for arguments in SETTINGS]
@@ -107,7 +108,7 @@ def test_warmup_cuts_the_whole_gradient_and_keeps_the_smallest_norms():
     np.testing.assert_allclose(thresholds[4], [1.04 * 0.2, 1.04 * 0.1, 1.04 * 0.1], rtol=1e-6)
 
 
-def test_the_first_norm_of_warmup_is_one_of_those_of_which_the_smallest_is_kept():
+def test_the_smallest_norm_of_warmup_may_be_the_first_one():
     _, thresholds = tree_clipper(warmup_steps=2, absolute_clip=None)(
         np.array([[1.0, 3.0, 1.0], [3.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
     )
@@ -115,7 +116,7 @@ def test_the_first_norm_of_warmup_is_one_of_those_of_which_the_smallest_is_kept(
 
 
 @pytest.mark.parametrize("dropped", [np.nan, np.inf, 0.0])
-def test_steps_of_nan_inf_or_zero_are_as_if_they_had_not_been(dropped):
+def test_steps_of_nan_inf_or_zero_leave_no_trace(dropped):
     norms = np.nan_to_num(tree_stream(), nan=1.0, posinf=1.0)[:500]
     places = [0, 1, 99, 100, 101, 300]
     rest = np.insert(np.ones(500, bool), places, False)
@@ -157,21 +158,21 @@ def test_passes_and_fails_the_streams_that_it_is_known_to(form, stream):
 
 
 @pytest.mark.parametrize(("spread", "percent"), [(0.05, 26), (0.1, 49), (0.2, 68), (0.3, 75)])
-def test_is_no_clipper_of_rare_events(published, spread, percent):
+def test_cuts_many_ordinary_norms_and_not_only_rare_events(published, spread, percent):
     norms = np.exp(spread * np.random.default_rng(0).normal(size=6000))
     clipped, _ = published(norms)
     assert 100 * np.mean((clipped < norms * (1 - 1e-6))[1000:]) == pytest.approx(percent, abs=2)
 
 
 def rise(factor, spread=0.0, steps=10_000):
-    """Noise with a coefficient of variation of `spread` that rises at once after 1000 norms."""
+    """Noise with a coefficient of variation of `spread` that jumps by a factor after 1000 norms."""
     norms = np.exp(spread * np.random.default_rng(0).normal(size=1000 + steps))
     norms[1000:] *= factor
     return norms
 
 
 def steps_of_growth(factor):
-    """How often the published form must multiply by 1 + 0.04 * 0.01, all it can in a step."""
+    """The number of steps of growth by 1 + 0.04 * 0.01, the most that the published form allows."""
     return np.log(factor) / np.log(1.0004)
 
 
@@ -181,16 +182,16 @@ def test_published_form_rises_by_at_most_a_25th_of_a_percent_a_step(published, f
     clipped, thresholds = published(norms)
     growth = thresholds[1001:] / thresholds[1000:-1]
     assert growth.max() == pytest.approx(1.0004, rel=3e-7)
-    # It had 4 % to spare: 5,660 steps after a tenfold rise, 9,684 after one to 50 times.
+    # The threshold started 4 % higher: 5,660 steps for a factor of 10, 9,684 for one of 50.
     cut = np.flatnonzero(clipped < norms)
     np.testing.assert_array_equal(cut, 1000 + np.arange(len(cut)))
     assert len(cut) == pytest.approx(steps_of_growth(factor / 1.04), abs=3)
-    # The threshold itself is ten times what it was after 5,758 steps.
+    # The threshold itself has grown tenfold after 5,758 steps.
     tenfold = np.searchsorted(thresholds[1000:], 10.4)
     assert tenfold == (10_000 if factor == 10.0 else pytest.approx(5758, abs=3))
 
 
-def test_what_the_absolute_clip_cuts_to_in_warmup_is_what_grows_after_it():
+def test_after_warmup_thresholds_grow_from_the_absolute_clip():
     norms = np.full(11_000, 50.0)
     for record_limit, expected in ((None, steps_of_growth(50 / 1.04)), (3.0, 426)):
         tx = smartclip.adagc(record_limit=record_limit)
@@ -198,7 +199,7 @@ def test_what_the_absolute_clip_cuts_to_in_warmup_is_what_grows_after_it():
         assert np.count_nonzero(clipped[100:] < norms[100:]) == pytest.approx(expected, abs=3)
 
 
-# To be within a tenth of all that there is, in the median of 50 norms.
+# The steps until the median scale of 50 norms is above 0.9.
 @pytest.mark.parametrize(("spread", "steps"), [(0.05, 238), (0.1, 229), (0.2, 213)])
 def test_record_limit_follows_a_tenfold_rise_in_some_250_steps(published, mended, spread, steps):
     norms = rise(10.0, spread)
@@ -211,18 +212,19 @@ def test_record_limit_follows_a_tenfold_rise_in_some_250_steps(published, mended
 def test_record_limit_follows_a_tenfold_rise_of_constant_norms(mended):
     norms = rise(10.0)
     clipped, _ = mended(norms)
-    # Threefold at once is recorded as it is, tenfold after the average has grown by 2 % a step.
+    # The cap is three times the average, which grows by 2 % a step until ten is below the cap.
     steps = np.log(10 / 3) / np.log(1.02) + np.log((10 - 10 / 3) / (10 - 10 / 1.04)) / -np.log(0.99)
     assert np.count_nonzero(clipped < norms) == pytest.approx(steps, abs=3)
     np.testing.assert_array_equal(clipped[1400:], 10.0)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e4, 1e30])
-@pytest.mark.parametrize("absolute_clip", [None, 1.0])
+@pytest.mark.parametrize(
+    ("scale", "absolute_clip"), each_value([1e-30, 1e30, 1e-6, 1e4], [None, 1.0])
+)
 def test_scale_of_the_norms_does_not_matter(scale, absolute_clip):
     norms = np.nan_to_num(tree_stream(), nan=1.0, posinf=1.0)
     clipped, thresholds = tree_clipper(absolute_clip=absolute_clip)(norms)
-    # The one number that has the unit of the norms.
+    # The only argument in the unit of the norms.
     scaled_clip = None if absolute_clip is None else scale * absolute_clip
     scaled = tree_clipper(absolute_clip=scaled_clip)(scale * norms)
     np.testing.assert_allclose(scaled[0], scale * clipped, rtol=1e-4)
@@ -241,11 +243,12 @@ def test_derivatives_at_a_zero_gradient_are_finite(absolute_clip):
     tx = smartclip.adagc(absolute_clip=absolute_clip, warmup_steps=3)
     total = jax.jit(jax.grad(lambda *step: sum(jax.tree.leaves(tx.update(*step)[0]))))
     update = jax.jit(tx.update)
+    zeros = {"a": np.float32(0), "b": np.float32(0)}
     for past in ([], [0.0] * 3, [1.0], [1.0] * 10):
-        state = tx.init({"a": jnp.zeros(()), "b": jnp.zeros(())})
+        state = tx.init(zeros)
         for norm in past:
-            _, state = update({"a": jnp.float32(norm), "b": jnp.float32(0)}, state)
-        derivatives = total({"a": jnp.zeros(()), "b": jnp.zeros(())}, state)
+            _, state = update({**zeros, "a": np.float32(norm)}, state)
+        derivatives = total(zeros, state)
         assert derivatives == {"a": 1.0, "b": 1.0}
 
 
@@ -270,9 +273,9 @@ def test_arguments_out_of_range_are_errors(name, value, allowed):
 def test_a_norm_of_1e38_in_warmup_does_not_set_the_thresholds_to_zero():
     tx = smartclip.adagc(warmup_steps=3)
     step = jax.jit(tx.update)
-    state = tx.init({"b": jnp.zeros(()), "w": jnp.zeros(())})
+    state = tx.init({"b": np.float32(0), "w": np.float32(0)})
     for size in (1.0, 1e38, 1.0, 1.0):
-        grads = {"b": jnp.float32(0.6 * size), "w": jnp.float32(0.8 * size)}
+        grads = {"b": np.float32(0.6 * size), "w": np.float32(0.8 * size)}
         updates, state = step(grads, state)
     assert updates["b"] == pytest.approx(0.6, rel=1e-6)
     assert updates["w"] == pytest.approx(0.8, rel=1e-6)

@@ -1,4 +1,4 @@
-"""Clipping before the mean: against float64 NumPy, against a loop over the clipper, on devices."""
+"""Clipping before the mean, against float64 NumPy and against a loop over the clipper."""
 
 import functools
 from functools import partial
@@ -27,7 +27,7 @@ def stack(trees):
 
 
 def gradients():
-    """One for each part of all batches: noise, two that are damaged, and one with a NaN."""
+    """The parts of all batches: noise, two that are damaged, and one with a NaN."""
     parts = [random_tree(1 + number, 0.1, SHAPES) for number in range(STEPS * PARTS)]
     for number in DAMAGED:
         parts[number] = jax.tree.map(lambda leaf: 1000 * leaf, parts[number])
@@ -43,7 +43,7 @@ UPDATE = jax.jit(MEAN_OF_CLIPPED.update)
 
 
 def run(tx, batches=BATCHES, update=None):
-    """The updates of all batches, and the state behind each."""
+    """The updates of all batches, and the state after each."""
     update, state, updates, states = update or jax.jit(tx.update), tx.init(PARAMS), [], []
     for batch in batches:
         update_of_batch, state = update(batch, state, PARAMS)
@@ -58,7 +58,7 @@ def run_of_autoclip():
 
 
 def looped(clipper):
-    """What `clipper` makes of all parts one by one, and its state behind each."""
+    """The parts that `clipper` clips one by one, and its state after each."""
     update, state, parts, states = jax.jit(clipper.update), clipper.init(PARAMS), [], []
     for gradient in GRADIENTS:
         clipped, state = update(gradient, state, PARAMS)
@@ -68,7 +68,7 @@ def looped(clipper):
 
 
 def clipped_in_float64():
-    """Every part, scaled to the fence of the norms before it; zero for NaN."""
+    """Every part, scaled to the fence of the norms before it. A part with a NaN is zero."""
     thresholds = reference.lower_fence_thresholds(np.where(np.isfinite(NORMS), NORMS, np.nan))
     scales = np.minimum(1.0, thresholds / NORMS)
     scales[NAN] = 0.0
@@ -76,7 +76,7 @@ def clipped_in_float64():
     return [jax.tree.map(lambda x, s=scale: np.nan_to_num(x) * s, part) for scale, part in pairs]
 
 
-def test_the_update_is_the_mean_of_parts_that_were_clipped_by_the_norms_before_them():
+def test_the_update_is_the_mean_of_parts_clipped_by_the_norms_before_them():
     updates, _ = run_of_autoclip()
     clipped = clipped_in_float64()
     for number, update in enumerate(updates):
@@ -115,7 +115,7 @@ LOOPS = {
 
 
 @pytest.mark.parametrize("clipper", LOOPS.values(), ids=LOOPS)
-def test_parts_and_state_are_those_of_a_loop_that_calls_the_clipper_for_each(clipper):
+def test_parts_and_state_equal_a_loop_that_calls_the_clipper_for_each_part(clipper):
     updates, states = run(smartclip.clip_micro_batches(clipper, reduce=None))
     parts, loop_states = looped(clipper)
     for number, (update, state) in enumerate(zip(updates, states, strict=True)):
@@ -126,7 +126,7 @@ def test_parts_and_state_are_those_of_a_loop_that_calls_the_clipper_for_each(cli
 
 
 @pytest.mark.parametrize(("axis", "reduce"), [(1, "sum"), (-1, None)])
-def test_parts_may_be_stacked_along_any_axis_and_added_up(axis, reduce):
+def test_parts_may_be_stacked_along_any_axis_and_summed(axis, reduce):
     batch = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
     params = np.zeros((3, 2), np.float32)
     tx = smartclip.clip_micro_batches(smartclip.autoclip(max_norm=20.0), axis=axis, reduce=reduce)
@@ -138,16 +138,16 @@ def test_parts_may_be_stacked_along_any_axis_and_added_up(axis, reduce):
     np.testing.assert_allclose(update, expected, rtol=1e-5)
 
 
-def test_means_of_narrow_numbers_are_rounded_once_and_integers_are_those_of_the_first_part():
-    params = {"low": jnp.zeros(2, jnp.bfloat16), "count": jnp.zeros((), jnp.int32)}
+def test_means_in_low_precision_are_rounded_once_and_integers_come_from_the_first_part():
+    params = {"low": np.zeros(2, jnp.bfloat16), "count": np.int32(0)}
     batch = {
-        "low": jnp.asarray([[256.0, 5.0], [1.0, 0.0]] + 3 * [[0.0, 0.0]], jnp.bfloat16),
-        "count": jnp.asarray([7, 8, 9, 10, 11]),
+        "low": np.asarray([[256.0, 5.0], [1.0, 0.0]] + 3 * [[0.0, 0.0]], jnp.bfloat16),
+        "count": np.int32([7, 8, 9, 10, 11]),
     }
     clipper = smartclip.autoclip(warmup_steps=100)
     tx = smartclip.clip_micro_batches(clipper)
     update, _ = jax.jit(tx.update)(batch, tx.init(params), params)
-    # In bfloat16, 257 would be 256, and a fifth of that 51.25.
+    # A sum in bfloat16 would round 257 to 256, and the mean would be 51.25.
     assert update["low"].dtype == jnp.bfloat16
     assert np.asarray(update["low"], np.float32).tolist() == [51.5, 1.0]
     assert update["count"] == 7
@@ -175,7 +175,7 @@ def test_a_batch_of_nothing_but_nan_is_zero():
     assert state.last.micro_batches_nonfinite == PARTS
 
 
-# The fence of the norms of the first batch, which the state of `run_of_autoclip` has seen alone.
+# The fence after the first batch.
 FENCE = reference.lower_fence_thresholds(np.append(NORMS[:PARTS], 1.0))[-1]
 
 
@@ -184,19 +184,19 @@ FENCE = reference.lower_fence_thresholds(np.append(NORMS[:PARTS], 1.0))[-1]
     damage=st.floats(-(2.0**100), 2.0**100, width=32) | st.sampled_from([np.nan, np.inf]),
 )
 @hypothesis.settings(max_examples=25)
-def test_whatever_becomes_of_one_part_the_update_moves_by_no_more_than_its_share(place, damage):
+def test_any_damage_to_one_part_moves_the_update_by_no_more_than_its_share(place, damage):
     good = BATCHES[0]
     bad = jax.tree.map(np.copy, good)
     bad["scale"][place] = damage
     state = run_of_autoclip()[1][0]
     (before, _), (after, _) = (UPDATE(batch, state, PARAMS) for batch in (good, bad))
     moved = reference.norm(jax.tree.map(lambda a, b: np.float64(a) - b, after, before))
-    # Both the good part and the damaged one are within the threshold at their place. Those behind
-    # them are judged by fences that one norm can move, but not far.
+    # The good part and the damaged one are both clipped to the threshold at their place. One norm
+    # can move the fences of the parts after them, but not far.
     assert moved <= 2 * 1.5 * FENCE / PARTS
 
 
-def test_clipped_as_a_whole_the_good_parts_of_a_damaged_batch_are_lost():
+def test_clipping_the_mean_loses_the_good_parts_of_a_damaged_batch():
     good, damaged = np.float32([1.0, 0.0]), np.float32([0.0, 1000.0])
     parts = np.stack([good] * 7 + [damaged])
     _, state = UPDATE(np.stack([good] * 8), MEAN_OF_CLIPPED.init(good), good)
@@ -206,7 +206,7 @@ def test_clipped_as_a_whole_the_good_parts_of_a_damaged_batch_are_lost():
     assert as_a_whole[0] < 0.01
 
 
-def test_the_mean_is_clipped_as_well_by_a_clipper_behind():
+def test_a_second_clipper_clips_the_mean():
     tx = optax.chain(MEAN_OF_CLIPPED, smartclip.autoclip(max_norm=0.05))
     updates, states = run(tx, BATCHES[:2])
     norms = [reference.norm(update) for update in run_of_autoclip()[0][:2]]
@@ -216,7 +216,7 @@ def test_the_mean_is_clipped_as_well_by_a_clipper_behind():
     assert (record["0/clipper/num_steps"], record["1/num_steps"]) == (2 * PARTS, 2)
 
 
-def test_a_state_goes_through_flax_and_on(tmp_path):
+def test_a_run_continues_from_a_state_saved_by_flax(tmp_path):
     _, states = run_of_autoclip()
     read = flax.serialization.from_bytes(
         MEAN_OF_CLIPPED.init(PARAMS), flax.serialization.to_bytes(states[-2])
@@ -250,7 +250,7 @@ def test_a_bad_argument_is_named(arguments, message):
         ((0, 3, 2), (0, 2), r"the same number of parts, at least 1, .*got \[0\]"),
     ],
 )
-def test_gradients_that_are_no_parts_of_one_batch_are_refused(w, b, message):
+def test_gradients_that_are_not_parts_of_one_batch_are_refused(w, b, message):
     params = {"w": jnp.zeros((3, 2)), "b": jnp.zeros(2)}
     state = MEAN_OF_CLIPPED.init(params)
     with pytest.raises(ValueError, match=message):
@@ -270,7 +270,7 @@ microbatching = getattr(optax, "microbatching", None)
 
 
 @pytest.mark.skipif(aggregating is None, reason="this Optax has no optax.experimental.aggregating")
-def test_it_is_an_aggregator_for_optax_and_without_a_mean_what_comes_before_one():
+def test_it_is_an_aggregator_of_optax_or_without_a_mean_a_transformation_before_one():
     assert isinstance(MEAN_OF_CLIPPED, aggregating.Aggregator)
     each = smartclip.clip_micro_batches(smartclip.autoclip(), reduce=None)
     assert not isinstance(each, aggregating.Aggregator)
@@ -312,9 +312,10 @@ def test_in_an_accumulator_of_optax_the_clipper_sees_each_micro_batch():
         return sum_of(params, rows)
 
     actual, state = total(params, rows, clipper.init(params))
-    # Optax takes every fourth row for a micro-batch.
-    grads = [jax.grad(loss)(params, rows[start::4]) for start in range(4)]
+    # In Optax, a micro-batch consists of every fourth row.
+    slope = jax.jit(jax.grad(loss))
+    grads = [slope(params, rows[start::4]) for start in range(4)]
     tx = smartclip.clip_micro_batches(clipper, reduce="sum")
-    expected, stacked_state = jax.jit(tx.update)(jnp.stack(grads), tx.init(params), params)
+    expected, stacked_state = jax.jit(tx.update)(np.stack(grads), tx.init(params), params)
     assert_close((actual, state), (expected, stacked_state.clipper), rtol=1e-5)
     assert smartclip.metrics(state)["num_clipped"] > 0

@@ -1,4 +1,4 @@
-"""What is observed are the norms of the groups and their shares, in float64 NumPy; no update."""
+"""`observe_norms` records norms and shares of groups, against float64 NumPy; updates pass."""
 
 import functools
 
@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from steps import run
 from trees import assert_close, assert_same_bits, random_tree
 
 import optax_smartclip as smartclip
@@ -25,7 +26,7 @@ LARGEST = float(np.finfo(np.float32).max)
 
 
 def gradient(*sizes, seed=1):
-    """With these sizes of body, head and norm."""
+    """A gradient with these sizes of body, head and norm."""
     tree = random_tree(seed, 1.0, SHAPES)
     return {
         name: jax.tree.map(lambda leaf, by=size: np.float32(leaf * np.float64(by)), tree[name])
@@ -34,7 +35,7 @@ def gradient(*sizes, seed=1):
 
 
 def shares(norms):
-    """Of the squared norm; norms that are not finite share it equally."""
+    """The shares of the squared norm. Norms that are not finite share it equally."""
     norms = np.array(norms, np.longdouble)
     if not np.all(np.isfinite(norms)):
         norms = np.where(np.isfinite(norms), 0, 1).astype(np.longdouble)
@@ -43,7 +44,7 @@ def shares(norms):
 
 
 def expected(groups):
-    """The record of a gradient that is given by its groups."""
+    """The record of a gradient with these groups."""
     norms = [reference.norm(group) for group in groups]
     return {"observed_norm": reference.reported(norms), "norm_share": shares(norms)}
 
@@ -61,7 +62,7 @@ def observe(tx, grads, params=PARAMS):
 
 
 def of_layers(grads):
-    # The norm is at the top, where layers are kept in the order of the leaves.
+    # The leaf "norm" is a layer of its own.
     return [grads["body"], grads["head"], grads["norm"]]
 
 
@@ -77,7 +78,7 @@ def test_norms_and_shares_of_layers_are_recorded_and_the_updates_pass(sizes):
 
 
 @pytest.mark.parametrize("sizes", [(np.nan, 1, 2), (1, np.inf, np.nan), (0, 0, np.nan)])
-def test_groups_that_are_not_finite_share_the_norm_and_the_record_stays_finite(sizes):
+def test_groups_that_are_not_finite_share_the_norm_and_the_record_is_finite(sizes):
     record = observe(observe_norms(), gradient(*sizes))
     bad = ~np.isfinite(sizes)
     np.testing.assert_allclose(record["norm_share"], bad / bad.sum())
@@ -117,7 +118,7 @@ def test_groups_are_those_of_the_scope_the_mask_and_the_stacks():
     assert labels == ("head", "layers/w[0]", "layers/w[1]", "layers/w[2]")
     tx = observe_norms("per_param", stacked=stacked)
     assert_record(observe(tx, grads, grads), [grads["head"], *layers])
-    # What is left out has a group, and no share.
+    # A leaf outside the mask has a group, and a share of zero.
     tx = observe_norms("per_param", stacked=stacked, mask={"layers": True, "head": False})
     assert_record(observe(tx, grads, grads), [np.zeros(1), *layers])
     tx = observe_norms(lambda path: "all")
@@ -139,10 +140,10 @@ def chain():
     return optax.chain(observe_norms(), smartclip.autoclip(), optax.sgd(0.1, momentum=0.9))
 
 
-def test_it_is_found_beside_a_clipper_and_by_optax():
+def test_its_record_is_found_next_to_a_clipper_and_by_optax():
     tx = chain()
     grads = gradient(1, 2, 3)
-    _, state = tx.update(grads, tx.init(PARAMS), PARAMS)
+    _, state = jax.jit(tx.update)(grads, tx.init(PARAMS), PARAMS)
     record = smartclip.metrics(state)
     assert set(record) == {*smartclip.ClipMetrics._fields, *smartclip.NormMetrics._fields}
     assert_record(record, of_layers(grads))
@@ -155,11 +156,11 @@ def test_it_is_found_beside_a_clipper_and_by_optax():
     assert jax.export.deserialize(exported.serialize()).in_tree == exported.in_tree
 
 
-def test_a_scan_of_runs_under_vmap_records_each_step_of_each():
+def test_a_scan_of_runs_under_vmap_records_each_step_of_each_run():
     sizes = np.random.default_rng(0).lognormal(size=(2, 5, 3))
-    runs = [[gradient(*step, seed=n) for n, step in enumerate(run)] for run in sizes]
+    runs = [[gradient(*step, seed=n) for n, step in enumerate(steps)] for steps in sizes]
     stacked = jax.tree.map(
-        lambda *leaves: np.stack(leaves), *(step for run in runs for step in run)
+        lambda *leaves: np.stack(leaves), *(step for steps in runs for step in steps)
     )
     stacked = jax.tree.map(lambda leaf: leaf.reshape(2, 5, *leaf.shape[1:]), stacked)
     tx = chain()
@@ -170,10 +171,9 @@ def test_a_scan_of_runs_under_vmap_records_each_step_of_each():
 
     logs = jax.jit(jax.vmap(lambda grads: jax.lax.scan(step, tx.init(PARAMS), grads)[1]))(stacked)
     assert logs["norm_share"].shape == (2, 5, 3)
-    for run in range(2):
-        for number in range(5):
-            record = {name: logs[name][run, number] for name in smartclip.NormMetrics._fields}
-            assert_record(record, of_layers(runs[run][number]))
+    for place in np.ndindex(2, 5):
+        record = {name: logs[name][place] for name in smartclip.NormMetrics._fields}
+        assert_record(record, of_layers(runs[place[0]][place[1]]))
 
 
 SPECS = {
@@ -201,7 +201,7 @@ def test_a_gradient_on_explicit_axes_is_observed_as_on_one_device():
 
 
 def two_steps_under_shard_map(tx, to_grads, out_specs):
-    """The record after two steps of a scan, of gradients that are parts of one."""
+    """The record after two steps of a scan. Each device has a part of the gradient."""
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
 
     def two_steps(part):
@@ -216,7 +216,7 @@ def two_steps_under_shard_map(tx, to_grads, out_specs):
 
 
 def parts(grads):
-    """What each of four devices has of a gradient."""
+    """The parts of a gradient on four devices."""
     for n in range(4):
         rows, columns = slice(2 * n, 2 * n + 2), (slice(None), slice(2 * n, 2 * n + 2))
         body = {"kernel": grads["body"]["kernel"][rows], "bias": grads["body"]["bias"]}
@@ -248,35 +248,38 @@ def test_a_dropped_step_is_recorded_before_skip_spikes_and_not_within_it():
     within = skipping(optax.chain(observe_norms(), optax.sgd(0.1)))
     usual, spike = gradient(1, 1, 1), gradient(1, 1000, 1)
     for tx, recorded in ((before, spike), (within, usual)):
-        state = tx.init(PARAMS)
-        for grads in (usual, usual, spike):
-            _, state = tx.update(grads, state, PARAMS)
+        _, state = run(tx, PARAMS, [usual, usual, spike])
         record = smartclip.metrics(state)
         assert record["num_skipped"] == 1
         assert_record(record, of_layers(recorded))
 
 
-@pytest.mark.parametrize("sizes", [[3.0, 4.0, 0.0], [3e-30, 0.0, 1e-30], [0.0, 2e25, 0.0]])
-def test_shares_have_their_derivatives_whatever_the_size_of_the_gradient(sizes):
+@functools.cache
+def jacobians_of_shares():
+    """The compiled Jacobians of the shares, in forward and in reverse mode."""
     tx = observe_norms("per_param")
 
     def share(sizes):
         grads = {str(number): size[None] for number, size in enumerate(sizes)}
         return tx.update(grads, tx.init(grads))[1].norm_share
 
+    return jax.jit(jax.jacfwd(share)), jax.jit(jax.jacrev(share))
+
+
+@pytest.mark.parametrize("sizes", [[3.0, 4.0, 0.0], [3e-30, 0.0, 1e-30], [0.0, 2e25, 0.0]])
+def test_shares_have_their_derivatives_at_any_size_of_the_gradient(sizes):
     x = np.float64(sizes)
     of_each = np.diag(x) - np.outer(shares(x), x)
     expected = 2 * of_each / np.sum(x**2)
-    for jacobian in (jax.jacfwd, jax.jacrev):
-        scaled = np.max(x) * np.float64(jax.jit(jacobian(share))(jnp.float32(sizes)))
+    for jacobian in jacobians_of_shares():
+        scaled = np.max(x) * np.float64(jacobian(np.float32(sizes)))
         np.testing.assert_allclose(scaled, np.max(x) * expected, rtol=1e-5, atol=1e-6)
-        zeros = jax.jit(jacobian(share))(jnp.zeros(3))
-        np.testing.assert_array_equal(zeros, 0.0)
+        np.testing.assert_array_equal(jacobian(np.zeros(3, np.float32)), 0.0)
 
 
-def test_graft_takes_it_into_a_run_and_out_of_it():
+def test_graft_adds_observe_norms_to_a_run_and_removes_it():
     without = optax.chain(smartclip.autoclip(), optax.sgd(0.1, momentum=0.9))
-    saved = [tx.update(PARAMS, tx.init(PARAMS), PARAMS)[1] for tx in (without, chain())]
+    saved = [run(tx, PARAMS, [PARAMS])[1] for tx in (without, chain())]
     fresh = [tx.init(PARAMS) for tx in (without, chain())]
     assert_same_bits(smartclip.graft(saved[0], fresh[1])[1:], saved[0])
     assert_same_bits(smartclip.graft(saved[1], fresh[0]), saved[1][1:])

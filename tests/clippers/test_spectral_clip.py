@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from breadth import each_value
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from steps import run, runner
@@ -26,7 +27,7 @@ FLOAT32 = 1e-5
 
 
 def gradients(steps=12, shapes=SHAPES):
-    """A stream in which all have a spike."""
+    """A stream in which all tensors have a spike."""
     stream = [random_tree(1 + step, 0.1, shapes) for step in range(steps)]
     stream[steps // 2] = jax.tree.map(lambda leaf: 30 * leaf, stream[steps // 2])
     return stream
@@ -34,7 +35,7 @@ def gradients(steps=12, shapes=SHAPES):
 
 @functools.cache
 def trained():
-    """Compiled once for all tests: updates and last state of a stream."""
+    """Compiled once for all tests: a function from a stream to the updates and the last state."""
     return runner(smartclip.spectral_clip(0.5, window=5), PARAMS)
 
 
@@ -48,7 +49,7 @@ def largest(matrix):
 
 
 def reference(matrices, factor, window):
-    """The cut matrices, the estimates and the limits."""
+    """The cut matrix, the estimate and the limit of each step."""
     vector, sizes, found = 0.0, [], []
     for matrix in np.float64(matrices):
         wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
@@ -84,14 +85,14 @@ def test_a_stream_is_cut_at_a_multiple_of_the_median_as_in_float64():
     np.testing.assert_array_equal(state.num_observed, [0, 12, 12])
 
 
-def test_the_estimate_is_the_largest_singular_value_of_a_matrix_that_stays():
+def test_the_estimate_converges_to_the_largest_singular_value_of_a_constant_matrix():
     found = smartclip.metrics(trained()([PARAMS] * 40)[1])["grad_norm"]
     np.testing.assert_allclose(
         found[1:], [largest(PARAMS[name]) for name in ("tall", "wide")], 1e-5
     )
 
 
-def test_a_vector_that_is_orthogonal_to_all_rows_is_left():
+def test_the_estimate_leaves_a_vector_that_is_orthogonal_to_all_rows():
     grads = [{**PARAMS, "wide": np.zeros((3, 6), np.float32)} for _ in range(3)]
     for grad, row, size in zip(grads, (0, 0, 2), (1, 2, 5), strict=True):
         grad["wide"][row, row] = size
@@ -107,17 +108,18 @@ def cut(matrix, limit, num_iterations=12):
 
 
 def with_spikes(size, shape=(6, 9)):
-    """Of a largest singular value of 1, with two directions far above it, 2 to 1."""
+    """A matrix of norm 1 plus two directions of norms `size` and `size / 2`."""
     rng = np.random.default_rng(0)
     matrix = rng.normal(size=shape)
     left, _, right = np.linalg.svd(rng.normal(size=shape), full_matrices=False)
     return np.float32(matrix / largest(matrix) + size * (left[:, :2] * [1, 0.5]) @ right[:2])
 
 
-@pytest.mark.parametrize("size", [0.0, 1.0, 10.0, 100.0, 1000.0])
-@pytest.mark.parametrize("unit", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize(
+    ("size", "unit"), each_value([0.0, 1.0, 10.0, 100.0, 1000.0], [1.0, 1e-30, 1e30])
+)
 def test_a_spike_is_cut_and_the_rest_is_kept(size, unit):
-    """With the limit that is learnt where the usual value is 1."""
+    """The limit is the learned one for a usual norm of 1."""
     matrix = np.float32(unit) * with_spikes(size)
     found, record = cut(matrix, np.float32(0.3 * unit))
     expected = cut_in_float64(matrix, 0.3 * unit)
@@ -135,7 +137,7 @@ def test_the_cut_is_exact_up_to_the_reach(num_iterations):
         assert largest(found - cut_in_float64(matrix, limit)) < 5e-4 * limit
 
 
-def test_the_reported_scale_is_right_where_the_compiler_knows_a_large_or_small_limit():
+def test_the_reported_scale_is_right_when_the_compiler_knows_a_large_or_small_limit():
     for limit in (1e-20, 1e20):
         scale = jax.jit(partial(soft_scale, limits=jnp.full(1, limit)))(jnp.full(1, 3 * limit))
         np.testing.assert_allclose(scale, 1 / np.sqrt(10), rtol=FLOAT32)
@@ -146,7 +148,7 @@ def test_the_reach_is_as_quoted():
     np.testing.assert_allclose(found, [18, 820, 5500], rtol=0.03)
 
 
-def test_beyond_the_reach_the_small_ones_shrink_with_the_largest():
+def test_beyond_the_reach_small_singular_values_shrink_with_the_largest():
     matrix, limit = with_spikes(100.0), 0.3
     found = np.linalg.svd(cut(matrix, np.float32(limit), 6)[0], compute_uv=False)
     sizes = np.linalg.svd(matrix, compute_uv=False)
@@ -165,7 +167,7 @@ numbers = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
 @hypothesis.example([2.0**100] * 12, 2.0**-100)
 @hypothesis.example([2.0**-100] * 12, 2.0**100)
 @hypothesis.example([1.0] + [0.0] * 11, 2.0**-30)
-def test_no_singular_value_is_above_the_limit_or_what_it_was(elements, limit):
+def test_no_singular_value_exceeds_the_limit_or_its_former_value(elements, limit):
     matrix = np.pad(np.float32(elements).reshape(3, 4), ((0, 3), (0, 5)))
     found, record = cut(matrix, np.float32(limit))
     assert largest(found) <= (1 + FLOAT32) * min(limit, largest(matrix))
@@ -190,7 +192,7 @@ def test_derivatives_are_those_of_the_cut():
     np.testing.assert_allclose(slope(1e-30 * matrix, weights), weights, rtol=1e-4)
 
 
-def test_a_matrix_of_zeros_is_zero_and_teaches_nothing():
+def test_a_matrix_of_zeros_stays_zero_and_is_not_recorded():
     grads, zeros = gradients(4), jax.tree.map(np.zeros_like, PARAMS)
     expected, before = trained()(grads)
     updates, after = trained()([zeros, *grads[:2], zeros, *grads[2:]])
@@ -199,7 +201,7 @@ def test_a_matrix_of_zeros_is_zero_and_teaches_nothing():
     assert_same_bits(after.rule, before.rule)
 
 
-def test_nan_and_inf_are_dropped_and_not_learnt():
+def test_nan_and_inf_are_dropped_and_not_recorded():
     grads, zeros = gradients(4), np.zeros((3, 6), np.float32)
     expected, of_zeros = trained()([*grads[:2], {**grads[2], "wide": zeros}, grads[3]])
     for bad in (np.nan, np.inf, -np.inf):
@@ -228,7 +230,7 @@ def test_float64_is_cut_in_float64():
 
 
 def test_each_slice_of_a_stack_is_a_matrix_of_its_own():
-    """In bfloat16, for which all is computed in float32."""
+    """Gradients are in bfloat16, and the computation is in float32."""
     shapes, stacked = {"b": (4, 5), "w": (2, 5, 3, 4)}, {"w": (2, 0), "b": 1}
     grads = [jax.tree.map(jnp.bfloat16, random_tree(seed, 0.1, shapes)) for seed in range(4)]
     updates, state = run(
@@ -262,7 +264,7 @@ def test_only_matrices_that_take_part_are_cut():
     assert smartclip.spectral_clip().init({}).num_observed.shape == (0,)
 
 
-def test_it_runs_in_scan_and_vmap_with_a_warm_up_and_its_state_is_saved():
+def test_it_runs_in_scan_and_vmap_with_a_warm_up_and_its_state_can_be_saved():
     make = optax.inject_hyperparams(
         smartclip.spectral_clip, static_args=("window", "num_iterations", "warmup_steps")
     )

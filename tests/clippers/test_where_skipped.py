@@ -1,4 +1,4 @@
-"""`where_skipped`: the old tree or the new one in every bit, by the decision of `skip_spikes`."""
+"""`where_skipped` selects the old tree or the new one, bit for bit, as `skip_spikes` decided."""
 
 import itertools
 
@@ -45,7 +45,7 @@ def tree(value, seed):
 
 
 def raw(tree):
-    """Keys as the numbers they are made of."""
+    """The tree with random keys as their data."""
 
     def data(leaf):
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -56,14 +56,14 @@ def raw(tree):
 
 @both_decisions
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_every_leaf_is_the_old_or_the_new_one_in_every_bit(opt_state, dropped, compiled):
+def test_every_leaf_is_the_old_or_the_new_one_bit_for_bit(opt_state, dropped, compiled):
     old, new = tree(2.0, seed=0), tree(NAN, seed=1)
     select = jax.jit(smartclip.where_skipped) if compiled else smartclip.where_skipped
     assert_same_bits(raw(select(opt_state, old, new)), raw(old if dropped else new))
 
 
 @both_decisions
-def test_numbers_become_arrays_and_what_is_neither_is_that_of_the_new_tree(opt_state, dropped):
+def test_numbers_become_arrays_and_other_objects_come_from_the_new_tree(opt_state, dropped):
     no_values = {"none": np.zeros(2, jax.dtypes.float0), "text": "new", "function": jnp.tanh}
     others = {"none": np.zeros(2, jax.dtypes.float0), "text": "old", "function": jnp.sin}
     old, new = {"step": 0, "rate": 0.5, "flag": False}, {"step": 1, "rate": 2.5, "flag": True}
@@ -73,7 +73,7 @@ def test_numbers_become_arrays_and_what_is_neither_is_that_of_the_new_tree(opt_s
     assert_same_bits({name: actual[name] for name in expected}, expected)
 
 
-def test_runs_of_a_batch_that_are_scanned_keep_what_their_own_dropped_steps_have_changed():
+def test_each_scanned_run_of_a_batch_undoes_its_own_dropped_steps():
     sizes = np.float32([[1, NAN, 3, 4, NAN], [NAN, NAN, 5, 1, 2], [1, 2, 3, 4, 5]])
 
     def run(sizes, key):
@@ -155,14 +155,14 @@ WITHIN = {
 
 
 @pytest.mark.parametrize("tx", WITHIN.values(), ids=WITHIN)
-def test_a_step_is_dropped_wherever_that_was_and_if_any_part_dropped_it(tx):
-    params = {"a": jnp.zeros(2), "b": jnp.zeros(3)}
-    update = jax.jit(tx.update)
+def test_a_step_is_undone_if_any_part_of_any_wrapper_dropped_it(tx):
+    params = {"a": np.zeros(2, np.float32), "b": np.zeros(3, np.float32)}
+    update, initial = jax.jit(tx.update), tx.init(params)
     for sizes in itertools.product([1.0, NAN], repeat=2):
         grads = {
-            name: jnp.full_like(params[name], size) for name, size in zip("ab", sizes, strict=True)
+            name: np.full_like(params[name], size) for name, size in zip("ab", sizes, strict=True)
         }
-        _, state = update(grads, tx.init(params), params)
+        _, state = update(grads, initial, params)
         assert int(smartclip.where_skipped(state, 0, 1)) == np.all(np.isfinite(sizes))
 
 
@@ -177,7 +177,7 @@ def around_multisteps():
 @pytest.mark.parametrize(
     ("build", "place", "dropped"),
     [
-        # The second, fourth and sixth call is a real step.
+        # The second, fourth and sixth calls are real steps.
         (inside_multisteps, 3, {3, 4}),
         (inside_multisteps, 2, set()),
         (around_multisteps, 3, {3}),
@@ -187,15 +187,15 @@ def around_multisteps():
 def test_inside_multisteps_the_last_real_step_decides_and_around_it_each_small_batch(
     build, place, dropped
 ):
-    tx, undone = build(), set()
+    tx, undone, zeros = build(), set(), np.zeros(2, np.float32)
     update = jax.jit(tx.update)
-    state = tx.init(jnp.zeros(2))
+    state = tx.init(zeros)
     for step in range(6):
-        # Where it is real, the step is dropped for its loss, which MultiSteps does not look at.
+        # A real step is dropped for its loss, which MultiSteps ignores.
         bad = step == place
-        grads = jnp.full(2, NAN if bad and step % 2 == 0 else 1.0)
+        grads = np.full(2, NAN if bad and step % 2 == 0 else 1.0, np.float32)
         with jax.numpy_dtype_promotion("standard"):
-            _, state = update(grads, state, jnp.zeros(2), value=jnp.float32(NAN if bad else 1))
+            _, state = update(grads, state, zeros, value=np.float32(NAN if bad else 1))
         if not smartclip.where_skipped(state, False, True):
             undone.add(step)
     assert undone == dropped
@@ -232,7 +232,7 @@ def test_a_batch_of_states_is_for_vmap():
         ([1], (1,), "PyTreeDef((*,)) in `new` and PyTreeDef([*]) in `old`"),
     ],
 )
-def test_trees_of_different_structures_are_refused_with_what_differs(old, new, got):
+def test_trees_of_different_structures_are_refused_with_their_difference(old, new, got):
     with pytest.raises(ValueError, match="structure") as error:
         smartclip.where_skipped(PASSED, old, new)
     assert str(error.value) == f"`new` must have the structure of `old`, got {got}."

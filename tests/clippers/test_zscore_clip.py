@@ -39,7 +39,7 @@ def test_first_spike_after_warmup_does_not_raise_its_own_threshold(default):
 
 
 @pytest.mark.parametrize("zmax", [0.0, 0.5, 1.0, 3.0, 10.0])
-def test_a_lasting_rise_is_followed_whatever_zmax(zmax):
+def test_a_lasting_rise_is_followed_with_any_zmax(zmax):
     norms = np.r_[NORMS[:1000], 100 * NORMS[1000:2000]]
     _, thresholds = streams.from_transformation(smartclip.zscore_clip(zmax))(norms)
     assert np.median(thresholds[-200:]) > 50

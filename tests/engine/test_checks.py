@@ -97,14 +97,14 @@ def test_a_bad_argument_is_named_with_its_value(factory, name, value):
         (smartclip.agc, "scope", "x", "one of 'unit', 'global', 'per_layer', 'per_param'"),
     ],
 )
-def test_the_message_says_what_is_allowed(factory, name, value, allowed):
+def test_the_message_names_the_allowed_values(factory, name, value, allowed):
     with pytest.raises(ValueError, match=f"`{name}` must be ") as error:
         factory(**{name: value})
     assert f"`{name}` must be {allowed}" in str(error.value)
 
 
-# The next two ask the checks themselves: beartype, which watches over the package in these tests,
-# would not let such a value through to them.
+# The next two tests call the checks directly: beartype, which is on in these tests, would refuse
+# such values before them.
 @pytest.mark.parametrize("value", [3.0, "3", None, np.int64(3), jnp.zeros, NAN])
 def test_a_size_is_a_python_int(value):
     with pytest.raises(ValueError, match=r"^`size` must be a Python int from 1 to 8 ") as error:
@@ -113,7 +113,7 @@ def test_a_size_is_a_python_int(value):
 
 
 @pytest.mark.parametrize("value", [1, 1.0, np.float64(1), jnp.bfloat16(1), jnp.int32(1)])
-def test_a_scalar_becomes_a_float32_and_no_other_shape_is_taken(value):
+def test_a_scalar_becomes_a_float32_and_other_shapes_are_refused(value):
     scalar = checks.check_scalar("value", value)
     assert (scalar, scalar.shape, scalar.dtype) == (1, (), jnp.float32)
     with pytest.raises(ValueError, match=r"^`value` must be a scalar, got the shape \(1,\)\.$"):
@@ -136,14 +136,14 @@ def test_unit_axes_has_its_own_forms(value):
     assert f"got {value!r}" in str(error.value)
 
 
-def test_unit_axes_means_nothing_outside_scope_unit():
+def test_unit_axes_is_refused_outside_scope_unit():
     with pytest.raises(ValueError, match="`unit_axes` must be None unless scope='unit', got 0"):
         smartclip.agc(unit_axes=0, scope="per_param")
 
 
 @pytest.mark.parametrize("percentile", [None, 90.0])
 @pytest.mark.parametrize("history", [128, "ring_buffer", smartclip.ring_buffer])
-def test_what_is_no_history_is_an_error(percentile, history):
+def test_a_value_that_is_not_a_history_is_an_error(percentile, history):
     with pytest.raises(ValueError, match=r"`history` must be a NormHistory, .* got .*[r1]"):
         smartclip.autoclip(percentile, history=history)
 
@@ -199,7 +199,7 @@ SHARED = {
     "min_scale": None,
     "axis_name": None,
 }
-# Of the clippers with a history.
+# The arguments of clippers with a history.
 LEARNS = SHARED | {"norm_of": None}
 DEFAULTS = {
     smartclip.clip_by_rule: {"scope": "global", "warmup_steps": 0} | LEARNS,
@@ -266,7 +266,7 @@ DEFAULTS = {
 }
 
 
-# Another default would be another run for everybody who has not set the argument.
+# Another default would change the runs of all users who do not set the argument.
 @pytest.mark.parametrize("factory", DEFAULTS, ids=lambda factory: factory.__name__)
 def test_the_defaults_are_those_that_are_documented(factory):
     parameters = inspect.signature(factory).parameters.values()
@@ -320,10 +320,10 @@ def test_traced_arrays_have_no_value_to_check_and_are_used_as_they_are(factory, 
         tx = factory(**numbers)
         return tx.update(params, tx.init(params), params)[0]
 
-    # Out of range for every argument.
+    # This value is out of range for every argument.
     numbers = {name: jnp.asarray(-1, dtype) for name in (*names, *SHARED_NAMES)}
     assert jax.eval_shape(step, numbers)["w"].dtype == jnp.float32
-    # With a value, it is checked.
+    # A concrete array is checked.
     good = {name: jnp.asarray(0.5) for name in names}
     factory(**good)
     for name, number in numbers.items():
@@ -332,7 +332,7 @@ def test_traced_arrays_have_no_value_to_check_and_are_used_as_they_are(factory, 
                 factory(**good | {name: array})
 
 
-def test_an_array_that_was_rounded_to_a_bound_is_no_mistake():
+def test_an_array_that_was_rounded_to_a_bound_is_allowed():
     smartclip.zscore_clip(decay=jnp.asarray(0.999, jnp.bfloat16))
     with pytest.raises(ValueError, match=r"`decay` must be in \[0, 1\), got"):
         smartclip.zscore_clip(decay=jnp.asarray(1.0))
@@ -349,8 +349,8 @@ INJECTED = {
     "scale_by_stable_adam": smartclip.scale_by_stable_adam,
 }
 TWO_LAYERS = {"body": {"w": jnp.ones((2, 3))}, "head": {"w": jnp.ones(3)}}
-# Of each argument that is no number: what works under inject_hyperparams, and what it makes an
-# array of, or calls as a schedule, so that something else arrives.
+# Values of each argument that is not a number: those that work under inject_hyperparams, and those
+# that it converts to an array or calls as a schedule.
 NOT_TRACED = {
     "scope": (["per_layer", {"body": "a", "head": "b"}], [0, np.zeros(2, int)]),
     "stacked": ([{"body": 0}], [0, np.zeros(2, int)]),
@@ -365,7 +365,7 @@ NOT_TRACED = {
             np.array(True),
         ],
     ),
-    # A function, which inject_hyperparams calls as a schedule unless it is named in `static_args`.
+    # Unless it is named in `static_args`, inject_hyperparams calls a function as a schedule.
     "norm_of": ([], []),
     "nonfinite": (["propagate"], [0]),
     "axis_name": (["devices", ("devices",)], [0]),
@@ -378,7 +378,7 @@ NOT_TRACED = {
     "rule": ([RULE], []),
     "inner": ([optax.identity()], []),
 }
-# Without which another argument would be refused.
+# Other arguments that these need.
 NEEDED = {"clip_by_rule": {"rule": RULE}, "skip_spikes": {"inner": optax.identity()}}
 NEEDED_BY = {"stacked": {"scope": "per_layer"}}
 
@@ -401,7 +401,7 @@ def injected(factory, name, value):
 
 
 @pytest.mark.parametrize(("factory", "name", "value"), not_traced(0))
-def test_what_is_no_number_passes_through_inject_hyperparams(factory, name, value):
+def test_other_arguments_than_numbers_pass_through_inject_hyperparams(factory, name, value):
     tx = injected(factory, name, value)
 
     def step(params):
@@ -413,10 +413,10 @@ def test_what_is_no_number_passes_through_inject_hyperparams(factory, name, valu
 
 
 @pytest.mark.parametrize(("factory", "name", "value"), not_traced(1))
-def test_what_inject_hyperparams_takes_for_a_number_is_refused_with_the_way_out(
+def test_an_argument_that_inject_hyperparams_takes_for_a_number_is_refused_with_a_hint(
     factory, name, value, monkeypatch
 ):
-    # As users have it, who run without type checks.
+    # Users run without type checks.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     for init in (lambda tx: tx.init(TWO_LAYERS), lambda tx: jax.eval_shape(tx.init, TWO_LAYERS)):
         with pytest.raises(ValueError, match=rf"`({name}|patterns)` must .*`static_args`\.\)"):

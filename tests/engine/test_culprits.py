@@ -15,7 +15,7 @@ LABELS = ("body", "head", "neck", "tail")
 
 
 def of_observer(norms, thresholds=None):
-    """What `observe_norms` and, with thresholds, a clipper record of such norms."""
+    """The record of `observe_norms` and, with thresholds, of a clipper."""
     tx = smartclip.observe_norms("per_param")
     grads = {label: np.float32([norm]) for label, norm in zip(LABELS, norms, strict=True)}
     record = smartclip.metrics(tx.update(grads, tx.init(grads))[1])
@@ -23,7 +23,7 @@ def of_observer(norms, thresholds=None):
 
 
 def of_clipper(norms, thresholds):
-    """What a clipper with several groups records of such norms."""
+    """The record of a clipper with several groups."""
     reported = [np.where(np.isfinite(x), x, LARGEST) for x in (norms, thresholds)]
     return dict(zip(("grad_norm", "clip_threshold"), map(np.float32, reported), strict=True))
 
@@ -59,7 +59,7 @@ def test_without_a_threshold_there_is_no_excess():
         np.testing.assert_array_equal(found.excess, 0.0)
 
 
-def test_everything_is_finite_where_a_norm_is_not_and_where_a_threshold_is_zero():
+def test_everything_is_finite_when_a_norm_is_not_or_a_threshold_is_zero():
     for metrics in (of_observer([1.0, NAN, 0.0, INF], 1e-3), of_clipper([1, NAN, 0, INF], [0] * 4)):
         found = culprits(metrics)
         assert found.by_share[:2].tolist() == found.by_excess[:2].tolist() == [1, 3]
@@ -68,7 +68,7 @@ def test_everything_is_finite_where_a_norm_is_not_and_where_a_threshold_is_zero(
         assert found.by_excess[2] == 0
         assert 100 < found.excess[2] < LARGEST
         assert found.excess[3] == 0
-    # As large as a ratio can be.
+    # The largest possible ratio is still finite.
     assert 1e38 < culprits(of_clipper([3e38, 1, 1, 1], [1e-30, 1, 1, 1])).excess[0] < LARGEST
 
 
@@ -95,7 +95,7 @@ def test_a_spike_is_found_at_its_step_inside_a_scan_of_runs_under_vmap():
     assert found.share[0, 20, 0] == np.max(found.share[0, :, 0]) > 0.99
     expected = 50 * 3**0.5 / records["clip_threshold"][0, 20]
     np.testing.assert_allclose(found.excess[0, 20, 0], expected, rtol=1e-5)
-    # Of all steps at once, it finds the same, also without a clipper.
+    # On the records of all steps at once, it finds the same, also without a clipper.
     jax.tree.map(np.testing.assert_array_equal, culprits(records, top=2), found)
     observed = {name: records[name] for name in smartclip.NormMetrics._fields}
     np.testing.assert_array_equal(culprits(observed, top=2).by_share, found.by_share)

@@ -1,4 +1,4 @@
-"""Which leaves share a norm: every form of `scope` on every kind of tree, and its numbering."""
+"""The groups of leaves that share a norm: every form of `scope` on every kind of tree."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -87,15 +87,15 @@ def test_the_order_is_that_in_which_jax_flattens():
 
 @pytest.mark.parametrize("hole", [None, optax.MaskedNode(), (), {}])
 @pytest.mark.parametrize("scope", ["per_layer", "per_param", last_key])
-def test_holes_are_in_no_group(hole, scope):
+def test_holes_do_not_belong_to_a_group(hole, scope):
     with_holes = {"a": {"b": X, "w": hole}, "c": hole, "d": {"b": X}}
     without = {"a": {"b": X}, "d": {"b": X}}
     assert smartclip.group_labels(scope, with_holes) == smartclip.group_labels(scope, without)
     assert numbers(scope, with_holes) == numbers(scope, without)
 
 
-def test_labels_without_leaves_are_groups_all_the_same():
-    # The groups must not depend on which leaves of a tree happen to be masked out.
+def test_labels_without_leaves_are_groups():
+    # The groups must not depend on the mask.
     scope = {"a": "first", "b": "second", "c": "third"}
     for tree in ({"a": X, "b": None, "c": X}, {"a": X, "b": optax.MaskedNode(), "c": X}):
         assert smartclip.group_labels(scope, tree) == ("first", "second", "third")
@@ -173,7 +173,7 @@ class Network(nnx.Module):
 
 @pytest.mark.parametrize("scope", ["per_layer", "per_param", last_key])
 def test_flax_nnx_parameters_and_their_bare_gradients_have_the_same_groups(scope):
-    # Trap: an NNX optimizer gives `init` a state of variables and `update` one of bare arrays.
+    # An NNX optimizer passes variables to `init` and bare arrays to `update`.
     state = nnx.state(Network(nnx.Rngs(0)), nnx.Param)
     variables = assign_groups(scope, state)
     bare = assign_groups(scope, nnx.to_pure_dict(state))

@@ -1,4 +1,4 @@
-"""`norm_of`: norms of another tree than the gradient, which is still what is scaled."""
+"""`norm_of`: the norm is that of another tree, and the gradient is still scaled."""
 
 from functools import partial
 
@@ -76,7 +76,7 @@ def test_every_history_based_clipper_takes_it(make):
         tx.update(GRADS[0], tx.init(PARAMS))
 
 
-def test_the_gradient_itself_has_the_program_that_there_is_without():
+def test_norm_of_the_gradient_itself_adds_nothing_to_the_program():
     def program(**options):
         tx = smartclip.autoclip(scope="per_layer", **options)
         return str(jax.make_jaxpr(tx.update)(GRADS[0], tx.init(PARAMS), PARAMS))
@@ -103,16 +103,14 @@ MAGNITUDES = st.sampled_from([0.0, 1e-30, 1e-20, 1e-3, 0.5, 3.0, 1e15, 1e25])
 )
 @hypothesis.example(size=1e25, weights=[1.0, 1e-12], seed=0)
 @hypothesis.example(size=1e-30, weights=[1.0, 1.0], seed=0)
-def test_the_gradient_keeps_its_direction_and_the_other_norm_is_held_to_the_limit(
-    size, weights, seed
-):
+def test_the_gradient_keeps_its_direction_and_the_other_norm_is_limited(size, weights, seed):
     directions = random_tree(seed, 1.0, {"a": (3,), "b": (2, 2)})
     grads = jax.tree.map(lambda leaf: leaf * np.float32(size), directions)
     weights = dict(zip(grads, map(np.float32, weights), strict=True))
-    # As many elements as the gradient has, as the two are one tree to the clipper.
+    # The clipper expects a weight for each element of the gradient.
     weights = {name: np.full_like(grads[name], weight) for name, weight in weights.items()}
     updates, record = clip_weighted(grads, weights)
-    # In float32, as is what the norm is taken of: tiny products are zeros.
+    # The products are in float32, as in the clipper: tiny ones are zero.
     norm = reference.norm(jax.tree.map(lambda g, w: g * w, grads, weights))
     np.testing.assert_allclose(record.grad_norm, norm, rtol=1e-5, atol=1e-37)
     scale = 1.0 if norm <= 1.0 else 1.0 / norm
@@ -124,7 +122,7 @@ def test_the_gradient_keeps_its_direction_and_the_other_norm_is_held_to_the_limi
 
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("nonfinite", ["zero", "propagate"])
-def test_a_bad_gradient_is_seen_also_where_its_weight_is_zero(bad, nonfinite):
+def test_a_bad_gradient_is_detected_also_at_a_weight_of_zero(bad, nonfinite):
     grads = {"a": np.float32([1.0, bad]), "b": np.float32([2.0])}
     weights = {"a": np.zeros(2, np.float32), "b": np.ones(1, np.float32)}
     updates, record = clip_weighted(grads, weights, nonfinite)
@@ -193,7 +191,7 @@ def test_under_shard_map_the_function_sums_over_devices_itself():
     np.testing.assert_allclose(updates["head"], GRADS[1]["head"] * 0.4 / expected, rtol=1e-5)
 
 
-def test_leaves_that_do_not_take_part_need_not_be_in_the_other_tree():
+def test_masked_leaves_may_be_missing_from_the_other_tree():
     tx = smartclip.clip_by_rule(
         limit(1.0),
         mask={"a": True, "b": False},
@@ -207,14 +205,14 @@ def test_leaves_that_do_not_take_part_need_not_be_in_the_other_tree():
     np.testing.assert_array_equal(updates["b"], [7.0])
 
 
-def test_the_norm_that_a_wrapper_knows_is_another_one():
+def test_a_wrapper_reports_the_norm_of_the_gradient():
     clipper = smartclip.clip_by_rule(limit(1.0), norm_of=lambda updates, _: 2.0 * updates)
     _, state = run(smartclip.skip_spikes(clipper), np.float32(0.0), [np.float32(3.0)])
     record = smartclip.metrics(state)
     np.testing.assert_allclose([record["skip_norm"], record["grad_norm"]], [3.0, 6.0])
 
 
-def test_it_may_be_injected_if_it_is_named_as_static():
+def test_it_may_be_injected_if_it_is_a_static_argument():
     make = optax.inject_hyperparams(smartclip.zscore_clip, static_args=("norm_of",))
     tx = make(zmax=3.0, norm_of=times_rms)
     state = tx.init(PARAMS)
@@ -223,7 +221,7 @@ def test_it_may_be_injected_if_it_is_named_as_static():
 
 
 @pytest.mark.parametrize("norm_of", ["rms", 2.0, {"a": 1.0}, jnp.ones(())])
-def test_what_is_no_function_is_refused(norm_of):
+def test_a_value_that_is_not_a_function_is_refused(norm_of):
     with pytest.raises(ValueError, match="`norm_of` must be a function of the gradient") as error:
         smartclip.autoclip(norm_of=norm_of)
     assert repr(norm_of) in str(error.value)

@@ -1,4 +1,4 @@
-"""Partitions: sums of groups, and the way back, against sums written out in NumPy."""
+"""Partitions: sums by group, and values by group back to leaves, against NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -54,13 +54,13 @@ def test_each_array_gets_the_values_of_its_units():
     np.testing.assert_array_equal(Units(((0,),)).per_array([units])[0], units)
 
 
-def test_equal_partitions_hash_equal_so_that_a_compiled_function_is_found_again():
+def test_equal_partitions_have_equal_hashes_so_that_a_compiled_function_is_reused():
     assert len({Leaves((0, 1), 2), Leaves((0, 1), 2), Leaves((1, 0), 2)}) == 2
     assert len({Units(((0,), None)), Units(((0,), None)), Units((None, (0,)))}) == 2
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_only_a_cpu_takes_values_apart_behind_a_conditional(platform):
+def test_only_on_a_cpu_values_are_split_within_a_conditional(platform):
     spread = jax.jit(Leaves((1, 0), 2).per_array).trace(jnp.ones(2))
     here, there = (
         spread.lower(lowering_platforms=(name,)).as_text().count("stablehlo.case")

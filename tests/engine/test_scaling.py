@@ -1,4 +1,4 @@
-"""The scale and what it is applied to: exact where nothing is clipped, finite everywhere."""
+"""The scale and its product with a gradient: exact if nothing is clipped, and always finite."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""States as other tools see them: frozen, serialized, pickled, mapped and selected from."""
+"""States in the hands of other tools: frozen, serialized, pickled, mapped and selected from."""
 
 import dataclasses
 import pickle
@@ -59,23 +59,23 @@ def assert_continues(run, restored):
     assert_same_bits(advance(restored), advance(state))
 
 
-def test_a_state_restored_from_flax_bytes_goes_on_as_if_nothing_had_happened(run):
+def test_a_run_continues_from_flax_bytes_bit_for_bit(run):
     tx, state, _ = run
     saved = flax.serialization.to_bytes(state)
     assert_continues(run, flax.serialization.from_bytes(tx.init(PARAMS), saved))
 
 
-def test_a_pickled_state_goes_on_as_if_nothing_had_happened(run):
+def test_a_run_continues_from_a_pickle_bit_for_bit(run):
     assert_continues(run, pickle.loads(pickle.dumps(run[1])))
 
 
-def test_a_copied_state_goes_on_as_if_nothing_had_happened(run):
+def test_a_run_continues_from_a_copy_bit_for_bit(run):
     leaves, treedef = jax.tree.flatten(run[1])
     assert_continues(run, jax.tree.unflatten(treedef, [np.asarray(leaf) for leaf in leaves]))
 
 
 def test_optax_finds_the_parameters_next_to_a_clipper_and_none_within(run):
-    # Trap: `map_params` calls `init` with a placeholder that has no leaves.
+    # `map_params` calls `init` with a placeholder without leaves.
     tx, state, _ = run
     mapped = optax.tree.map_params(
         tx, lambda leaf: "parameter", state, transform_non_params=lambda leaf: "other"
@@ -114,8 +114,8 @@ def test_a_state_saved_by_another_clipper_is_refused():
 
 @pytest.mark.parametrize("name", CLIPPERS)
 @pytest.mark.parametrize("stand_in", [P("x"), P(), None], ids=str)
-def test_what_stands_for_arrays_in_a_state_dict_is_restored_as_it_is(name, stand_in):
-    # T5X puts the axes of arrays, or None, in their place, and leaves out what is empty.
+def test_stand_ins_for_arrays_in_a_state_dict_are_restored_unchanged(name, stand_in):
+    # T5X replaces arrays by their axes or by None, and leaves out empty nodes.
     tx = smartclip.skip_spikes(optax.chain(CLIPPERS[name](), optax.sgd(0.1, momentum=0.9)))
     current = tx.init(PARAMS)
     flat = flax.traverse_util.flatten_dict(
@@ -126,7 +126,7 @@ def test_what_stands_for_arrays_in_a_state_dict_is_restored_as_it_is(name, stand
     saved = flax.traverse_util.unflatten_dict(dict.fromkeys(kept, stand_in) | empty)
     restored = flax.serialization.from_state_dict(current, saved)
     assert restored == jax.tree.map(lambda _: stand_in, current)
-    # And arrays into a tree of such.
+    # Arrays can be restored into such a tree.
     arrays = flax.serialization.to_state_dict(current)
     assert_same_bits(flax.serialization.from_state_dict(restored, arrays), current)
 
@@ -171,12 +171,12 @@ def test_states_are_made_by_keyword_and_are_trees_of_named_leaves():
         Counter(jnp.zeros(1))
     ((path, leaf),) = jax.tree_util.tree_leaves_with_path(Counter(seen=7))
     assert (jax.tree_util.keystr(path), leaf) == (".seen", 7)
-    # Or whatever looks into mappings would look into states.
+    # Otherwise code that searches mappings would search states.
     assert not isinstance(Counter(seen=7), Mapping)
 
 
-def test_states_are_iterables_of_their_values_as_those_of_optax_are():
-    # What `optax.OptState` is, without its reference to itself, which most checkers cannot follow.
+def test_states_iterate_over_their_values_as_those_of_optax():
+    # This is `optax.OptState` without the recursion, which most type checkers do not support.
     opt_state = jax.Array | np.ndarray | Iterable[Any] | Mapping[Any, Any]
     assert list(Counter(seen=7)) == [7]
     for instance in (smartclip.agc().init(PARAMS), smartclip.skip_spikes(optax.sgd(0.1)).init({})):
@@ -203,7 +203,7 @@ def test_groups_are_selected_along_the_first_axis_of_every_leaf():
     assert selected["scalar"].dtype == new.seen["scalar"].dtype
 
 
-def test_a_nan_in_what_is_not_selected_does_not_matter():
+def test_a_nan_in_a_group_that_is_not_selected_does_not_matter():
     new, old = jnp.array([jnp.nan, 1.0]), jnp.array([2.0, 3.0])
     np.testing.assert_array_equal(select_groups(jnp.array([False, True]), new, old), [2.0, 1.0])
 
@@ -230,7 +230,7 @@ NO_STATES = {
     ],
     ids=["zclip", "agc", "skip_spikes"],
 )
-def test_what_is_no_state_is_refused_with_the_way_out(tx, name, given):
+def test_a_value_that_is_not_a_state_is_refused_with_a_hint(tx, name, given):
     message = rf"`state` must be the {name} .* got an object of type \w+\. `smartclip.graft`"
     with pytest.raises(ValueError, match=message):
         tx.update(PARAMS, NO_STATES[given], PARAMS)

@@ -1,4 +1,4 @@
-"""Units of leaves: which axes count them, and what a state reports of them."""
+"""Units of leaves: the axes that count them, and their summary in a state."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -11,8 +11,8 @@ from optax_smartclip.engine.units import reduced_axes, report_units
 
 
 @pytest.mark.parametrize(("shape", "reduced"), [((4,), None), ((), None), ((4, 1), (0,))])
-def test_of_what_is_split_over_devices_only_rank_one_is_a_vector(shape, reduced):
-    # An axis of size 1 may be longer in the whole.
+def test_only_rank_one_is_a_vector_in_arrays_split_over_devices(shape, reduced):
+    # An axis of size 1 on a device may be longer in the whole array.
     assert reduced_axes((), shape, None, True) == reduced
 
 
@@ -22,7 +22,7 @@ SCALES = st.sampled_from([-1.0, 0.0, 1e-30, 0.25, 0.5, 1.0])
 @hypothesis.given(st.lists(st.lists(SCALES, min_size=1, max_size=4), min_size=1, max_size=3))
 @hypothesis.example([[0.5, 1.0], [0.25]])
 @hypothesis.example([[-1.0, 1.0], [1.0]])
-def test_the_summary_is_that_of_all_units_whichever_leaf_they_are_in(leaves):
+def test_the_summary_covers_the_units_of_all_leaves(leaves):
     scales = [jnp.float32(leaf) for leaf in leaves]
     norms = [jnp.ones_like(scale) for scale in scales]
     record = report_units(init_metrics(1), norms, norms, scales, "zero")

@@ -58,7 +58,7 @@ def test_a_constant_weight_gives_weights_that_fall_by_the_decay(decay):
     values = np.random.default_rng(1).lognormal(size=1000).astype(np.float32)
     mean, std = moments(values, np.full(1000, 1 - decay, np.float32))
     shares = (1 - decay) * decay ** np.arange(1000)[::-1].astype(np.float64)
-    # The rest of the weight is on the zero that it started from.
+    # The rest of the weight is on the initial zero.
     expected = np.sum(shares * values)
     variance = np.sum(shares * (values - expected) ** 2) + (1 - shares.sum()) * expected**2
     assert float(mean) == pytest.approx(expected, rel=1e-4)

@@ -62,7 +62,7 @@ def test_a_traced_percentile_is_as_exact_as_a_number(percentile, dtype):
     np.testing.assert_allclose(fraction, expected_fraction, rtol=0, atol=2.0**-24)
 
 
-def test_is_where_numpy_has_its_percentiles():
+def test_ranks_are_those_of_numpys_percentiles():
     for last in (0, 1, 9, 1000):
         ascending = np.arange(last + 1, dtype=np.float64)
         for percentile in (0.0, 10.0, 33.3, 50.0, 99.9, 100.0):
