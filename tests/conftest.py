@@ -28,7 +28,7 @@ sys.path[:0] = [
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Many tests compile the same programs anew. Each worker remembers its own until it ends.
+# Many tests compile the same programs. Each worker keeps the ones that it has compiled.
 COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
 jax.config.update("jax_compilation_cache_dir", COMPILED.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,4 +1,4 @@
-"""The notebooks install what they need and show what they print.
+"""The notebooks install their requirements and show their output.
 
 `make colabs` shows that they run.
 """

@@ -1,4 +1,4 @@
-"""The pages in docs/: their code runs and prints what they show, and what they link exists.
+"""The pages in docs/: their code runs and prints the output that they show, and links exist.
 
 That the site is built without a warning is for `make docs`, which needs Sphinx.
 """
@@ -25,7 +25,7 @@ DOCS = ROOT / "docs"
 MIGRATING = DOCS / "migrating.md"
 INTEGRATIONS = DOCS / "integrations.md"
 PROMISES = DOCS / "promises.md"
-# What the site is built into lies in folders that begin with an underscore.
+# Folders that begin with an underscore hold the built site.
 PAGES = sorted(
     page for page in DOCS.rglob("*.md") if not page.relative_to(DOCS).parts[0].startswith("_")
 )
@@ -123,7 +123,7 @@ def test_every_public_name_is_in_the_reference():
 
 
 # JAX as users find it and not as the tests configure it, with the devices of a mesh. Each page is a
-# program of its own, whose checks know what it printed.
+# program of its own, and its checks can read its output.
 RUNNER = """
 import contextlib, io, json, pathlib, sys
 
@@ -140,7 +140,7 @@ for page, blocks in json.loads(path.read_text()).items():
 path.write_text(json.dumps(printed))
 """
 
-# For the pages that do not show what they print.
+# For the pages that do not show their output.
 CHECKS = {
     INTEGRATIONS: "",
     MIGRATING: """

@@ -1,6 +1,6 @@
 """The comparison of clippers on spikes: its marks tell good from bad, its table is right.
 
-Clippers here are NumPy or plain Optax, so that they do what is said of them.
+Clippers here are NumPy or plain Optax, so that their behavior is known.
 """
 
 import json
@@ -277,8 +277,8 @@ def test_all_figures_are_in_the_json(results, training):
     assert figures["streams"][spikes.NONE]["S12"]["passed"] is False
     assert figures["training"]["best_norm"] == 0.3
     assert len(figures["training"]["losses"][spikes.OURS]) == 4
-    behind = figures["training"]["less_best_fixed"][spikes.OURS]
-    assert behind["mean"] == pytest.approx(2.0, abs=1e-5)
+    gap = figures["training"]["less_best_fixed"][spikes.OURS]
+    assert gap["mean"] == pytest.approx(2.0, abs=1e-5)
 
 
 def test_a_cell_has_a_tick_or_the_worst_figure(results):

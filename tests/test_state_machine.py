@@ -60,7 +60,7 @@ UNTIL_FOUND = settings(SETTINGS, max_examples=200)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A clipper and what it is held to.
+    """A clipper and its reference.
 
     Attributes:
         tx: The transformation.

@@ -296,7 +296,7 @@ def _fields_of_tuples(node: PyTree, path: KeyPath = ()) -> Iterator[KeyPath]:
 
 
 def _identity(path: KeyPath, fields: Collection[KeyPath]) -> Identity:
-    """What a leaf of the new state is called."""
+    """The identity of a leaf of the new state."""
     begin = max((depth for depth in range(len(path) + 1) if path[:depth] in fields), default=None)
     if begin is None:
         return _names(path), None
@@ -304,7 +304,7 @@ def _identity(path: KeyPath, fields: Collection[KeyPath]) -> Identity:
 
 
 def _possible_identities(path: KeyPath) -> list[Identity]:
-    """What a saved leaf may be called: where its parameter begins is not known without types."""
+    """The possible identities of a saved leaf: without types, its path may begin anywhere."""
     parts = _parts(path)
     known = [
         (_stable(parts[:begin]), tuple(parts[begin:]) or ("",))

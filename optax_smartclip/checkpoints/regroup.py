@@ -84,7 +84,7 @@ class Clipper:
         return cls(leaves_by_name(node), within, num_groups)
 
     def kind(self, *, cast: bool) -> frozenset[Any]:
-        """What a state must share with another one to go on from it, whatever their groups."""
+        """Equal for two states if one can go on from the other, whatever their groups."""
         return frozenset(
             (name, self._shape_of_row(leaf), "float" if cast and is_float(leaf) else kind(leaf)[1])
             for name, leaf in self.leaves.items()

@@ -158,7 +158,7 @@ def adagc_rule(
 
 
 def share_of_total(norms: Norms, max_total: Any) -> Norms:
-    """What each norm becomes if all groups together are cut to `max_total`, if they are."""
+    """The norms after all groups together are cut to `max_total`."""
     if max_total is None:
         return jnp.full_like(norms, LARGEST)
     # In units of the largest, so that no square overflows or is lost.

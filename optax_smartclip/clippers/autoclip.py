@@ -57,7 +57,7 @@ _UPPER_EARLY_FACTOR = 3.0
 
 @state_dataclass
 class FenceState:
-    """What the auto mode remembers.
+    """The state of the auto mode.
 
     Attributes:
         history: The last norms of each group.

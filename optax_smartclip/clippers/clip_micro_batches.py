@@ -208,7 +208,7 @@ def _over_devices(
     if not names:
         return replicate(norms), 0
     device, devices = jax.lax.axis_index(names), jax.lax.psum(1, names)
-    # What all_gather returns counts as different on each device, and the state has to be the same.
+    # JAX treats the result of all_gather as different on each device. The state must be equal.
     own_row = jnp.zeros((devices, *norms.shape), norms.dtype).at[device].set(norms)
     everyone = jax.lax.psum(own_row, names)
     return everyone.reshape(-1, norms.shape[1]), device * len(norms)

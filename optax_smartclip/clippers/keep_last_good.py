@@ -56,7 +56,7 @@ class LastGoodMetrics(NamedTuple):
 
 @state_dataclass
 class KeptState:
-    """What `keep_last_good` keeps.
+    """The state of `keep_last_good`.
 
     Attributes:
         copies: Two pairs of parameters and inner state. In the inner state, tuples replace named

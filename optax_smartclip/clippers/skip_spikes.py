@@ -76,7 +76,7 @@ class SkipMetrics(NamedTuple):
 
 @metrics_record
 class GiveUpMetrics(NamedTuple):
-    """What `skip_spikes(..., give_up_after=n)` adds to its record. Both fields are scalars.
+    """The additional metrics of `skip_spikes(..., give_up_after=n)`. Both fields are scalars.
 
     Attributes:
         num_bad_in_a_row: int32, the steps with a spike or a NaN or Inf since the last one without,
@@ -90,7 +90,7 @@ class GiveUpMetrics(NamedTuple):
 
 @state_dataclass
 class SpikeDetectorState:
-    """What spikes stand out from. Arrays of two have an entry for the norm and one for the loss.
+    """The memory of past norms and losses. Arrays of two have an entry for each of the two.
 
     Attributes:
         history: The state of the rule, by default the last finite norms and losses: two groups.

@@ -53,7 +53,7 @@ _MAX_ITERATIONS = 12
 
 @state_dataclass
 class SpectralState:
-    """What `spectral_clip` remembers of each matrix.
+    """The state of `spectral_clip` for each matrix.
 
     Attributes:
         vectors: The estimate of the first singular vector on the shorter side, of norm 1, from
@@ -214,7 +214,7 @@ def spectral_clip(
 def soft_scale(
     norms: Float[Array, " groups"], limits: Float[Array, " groups"]
 ) -> Float[Array, " groups"]:
-    """What the largest singular values are multiplied by: 1 where there is no limit."""
+    """The factors of the largest singular values: 1 where there is no limit."""
     smallest = jnp.finfo(limits.dtype).tiny
     excess = jnp.where(jnp.isfinite(norms), norms, 0.0) / jnp.maximum(limits, smallest)
     # Without a ceiling, the compiler squares norm and limit each for itself, and overflows.

@@ -43,7 +43,7 @@ from optax_smartclip.engine.trees import (
 )
 from optax_smartclip.histories.moments import new_weight
 
-# What rounding makes of the RMS of constant gradients, which is 1, is up to this over 1 - b2.
+# The RMS of constant gradients is 1. Its rounding error is up to this over 1 - b2.
 _ROUNDING = 2.0**-23
 
 
@@ -287,7 +287,7 @@ def _average(
 
 
 def _correction(decay: Any, count: Int32[Array, ""], dtype: Any) -> Inexact[Array, ""]:
-    """What the average of so many ones would be that has started at zero."""
+    """The moving average of `count` ones that starts at zero."""
     kept, _ = _decay_and_weight(decay, jnp.finfo(dtype).dtype)
     # With an integer for exponent, as Optax has it, whose rounding differs.
     correction: Array = (1 - jax.lax.pow(kept, count)).astype(dtype)

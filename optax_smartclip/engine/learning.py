@@ -1,4 +1,4 @@
-"""What a rule is, and one step of it: thresholds for the values of this step, then a record.
+"""The interface of a rule, and one step of it: thresholds for the values, then a record of them.
 
 `clip_by_rule` takes this step with the norms of groups, `skip_spikes` with a norm and a loss.
 """

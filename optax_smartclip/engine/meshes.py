@@ -61,7 +61,7 @@ class SumOverDevices:
         self._whole_along = [sorted(followed.intersection(self._names) - axes) for axes in varying]
 
     def counted_once(self, number: int, term: Array) -> Array:
-        """What array `number` adds: zero on all devices that hold the same but the first."""
+        """The term of array `number` in a sum: zero on all but one device with the same data."""
         for name in self._whole_along[number]:
             term = jnp.where(jax.lax.axis_index(name) == 0, term, 0)
         return term

@@ -1,4 +1,4 @@
-"""What a clipper did in its last step, and how to read it from any optimizer state.
+"""The record of a clipper's last step, and functions that read it from any optimizer state.
 
 Inside or outside `jit`:
 

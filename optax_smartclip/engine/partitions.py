@@ -31,7 +31,7 @@ Terms = tuple[Float[Array, "..."], ...]
 
 
 class Partition(abc.ABC):
-    """What norms and scaling need to know of the groups of a list of arrays.
+    """The groups of a list of arrays, as norms and scaling need them.
 
     Attributes:
         has_scaled_sums: Whether a group is large enough for sums that neither overflow nor lose

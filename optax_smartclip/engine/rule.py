@@ -35,7 +35,7 @@ GroupNorms = Float[Array, " groups"]
 
 
 class ClipSteps(NamedTuple):
-    """What a clipper's `update` does, in three steps, for several gradients with one state.
+    """A clipper's `update` in three steps, for several gradients with one state.
 
     The gradients are parts of a batch, along an axis of each leaf; where the axis is None, there is
     one part and no axis of it.

@@ -24,7 +24,7 @@ Square = Float[Array, "rows rows"]
 Vector = Float[Array, " rows"]
 Scalar = Float[Array, ""]
 
-# What the iterations have to bring the root of the smallest eigenvalue to, in place of 1.
+# The iterations stop when the root of the smallest eigenvalue has reached this, in place of 1.
 _CONVERGED = 1 - 1e-6
 # So that rounding leaves no eigenvalue above the bound of all of them.
 _MARGIN = 1 + 2.0**-12
@@ -131,7 +131,7 @@ def _scalings(smallest: float, num_iterations: int) -> tuple[list[float], float]
 
 
 def _inverse_root(matrix: Square, factors: list[float]) -> Square:
-    """What Newton-Schulz iterations make of the identity on the way to `matrix ** -0.5`."""
+    """Newton-Schulz iterations from the identity towards `matrix ** -0.5`."""
     identity = jnp.eye(len(matrix), dtype=matrix.dtype)
 
     def iterate(carry: tuple[Square, Square], factor: Scalar) -> tuple[tuple[Square, Square], None]:

@@ -12,7 +12,7 @@ from optax_smartclip.memory.graph import Graph
 
 @dataclasses.dataclass(frozen=True)
 class FrontierReport:
-    """What lives while a program runs forward, in bytes; arguments and constants apart.
+    """The live bytes of a program that runs forward, without arguments and constants.
 
     Attributes:
         live_bytes: After each node, what later nodes or the results still need.

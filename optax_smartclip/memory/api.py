@@ -29,7 +29,7 @@ class _NoPlanError(Exception):
 
 
 class HeightCompressedGradient:
-    """What `height_compressed_grad` and `height_compressed_value_and_grad` return.
+    """The result of `height_compressed_grad` and `height_compressed_value_and_grad`.
 
     Attributes:
         last_executor: The program and the plan of the last call; `None` before the first call and

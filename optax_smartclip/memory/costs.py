@@ -1,4 +1,4 @@
-"""What a block costs, for any two cuts: bytes to save, bytes at once, operations to repeat.
+"""The costs of a block between any two cuts: bytes to save, peak bytes, operations to repeat.
 
 A matrix has the first cut of a block in its rows and the last cut in its columns; entries under the
 diagonal mean nothing. A stretch is what lies between two neighboring cuts.

@@ -80,7 +80,7 @@ class HeightCompressedExecutor:
             env.update(run.writes)
             before = {v: env[v] for v in part.writes if is_inexact(graph.avals[v])} or before
         results = [env[v] for v in graph.outputs]
-        # What the backward pass waits for.
+        # The backward pass waits for these.
         known = [env[v] for v in graph.outputs if v in plan.active][:1]
 
         def pullback(cotangents: Values) -> Values:

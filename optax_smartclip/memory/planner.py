@@ -177,7 +177,7 @@ def make_plan(
 
 
 def _checkpoint_iterations(scan: Scan) -> ScanPlan:
-    # What jax.checkpoint around the body does: a budget that nothing exceeds keeps all of it.
+    # This is jax.checkpoint around the body: with a budget that nothing exceeds, all of it is kept.
     return ScanPlan(scan, 1, _plan_body(scan, _NO_LIMIT))
 
 

@@ -16,7 +16,7 @@ from optax_smartclip.memory.graph import Graph, Node
 
 @dataclasses.dataclass(frozen=True)
 class Residuals:
-    """What the derivative of a node reads.
+    """The values that the derivative of a node reads.
 
     Attributes:
         values: The numbers of those inputs and outputs that it reads.

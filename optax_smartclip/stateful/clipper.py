@@ -1,4 +1,4 @@
-"""What the stateful clippers share: a transformation whose state lives in `jax.Ref`s.
+"""The base of the stateful clippers: a transformation whose state lives in `jax.Ref`s.
 
 A gradient transformation hands its state back and leaves it to the caller. A stateful clipper keeps
 it in mutable arrays of its own, which can be read and written eagerly, under `jit` and in `scan`
@@ -46,7 +46,7 @@ _ONE_FOR_EACH_MODEL = "Use one clipper for each model."
 
 
 class MetricsRecord(TypedDict, total=False):
-    """What `on_metrics` is given for each group at each step: Python values.
+    """The argument of `on_metrics` for each group at each step: Python values.
 
     Attributes:
         algo: `"autoclip"`, `"zscore"` or `"agc"`.
@@ -135,7 +135,7 @@ class StatefulClipper:
         return {name: getattr(self, name) for name in names}
 
     def _build(self) -> tuple[Callable[[int], Any], optax.GradientTransformationExtraArgs]:
-        """What the rule starts with, by number of groups, and the transformation."""
+        """The initial state of the rule as a function of the number of groups, and the clipper."""
         raise NotImplementedError
 
     def _limits(

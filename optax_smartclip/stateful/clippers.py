@@ -36,7 +36,7 @@ _MIN_WEIGHT_NORM = 1e-3
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class HistoryClipper(StatefulClipper):
-    """What `AutoClip` and `ZScoreClip` share: a threshold that they have learned."""
+    """The base of `AutoClip` and `ZScoreClip`, which learn a threshold."""
 
     def _rule(self) -> tuple[ThresholdRule, Callable[[RuleState], Norms]]:
         """The rule, and what it has learned so far: state -> thresholds."""

@@ -415,7 +415,7 @@ ARMS = {
     "fixed": (lambda b2: optax.chain(optax.clip_by_global_norm(1.0), adam(b2=b2)), 6.0, 4e-4),
     "autoclip": (lambda b2: optax.chain(smartclip.autoclip(), adam(b2=b2)), 6.0, 2e-3),
     "zclip": (lambda b2: optax.chain(smartclip.zclip(max_norm=None), adam(b2=b2)), 1.4, 5e-5),
-    "behind": (lambda b2: optax.chain(adam(b2=b2), smartclip.autoclip()), 6.1, 2e-4),
+    "after": (lambda b2: optax.chain(adam(b2=b2), smartclip.autoclip()), 6.1, 2e-4),
     "stable": (lambda b2: adam(smartclip.stable_adamw, b2), 1.3, 6e-3),
 }
 

@@ -35,7 +35,7 @@ WEIGHT = 200.0
 
 
 def only_num_recorded(count: int) -> dict[str, int]:
-    """The counters of a rule that counts what it has recorded."""
+    """The counters of a rule that counts the norms that it has recorded."""
     return {"num_recorded": count}
 
 
@@ -46,7 +46,7 @@ def ring(size: int) -> Callable[[int], dict[str, int]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A clipper, what it is held to, and who uses it.
+    """A clipper, its reference, and its users.
 
     Attributes:
         factory: Makes the clipper. Any argument that all clippers share can be added.
@@ -211,7 +211,7 @@ def rows_of(user: str) -> dict[str, Row]:
 
 
 def default_scope(factory: Callable[..., Any]) -> str:
-    """The scope of what a factory makes."""
+    """The default scope of the clippers of a factory."""
     return inspect.signature(factory).parameters["scope"].default
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the README and of the pages in docs/ share."""
+"""Shared by the tests of the README and of the pages in docs/."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ def blocks(page, language):
 
 
 def run_python_blocks(page, script, *checks):
-    """What the blocks print, run from top to bottom and followed by `checks`.
+    """The output of the blocks, run from top to bottom and followed by `checks`.
 
     In a process of their own, with JAX as a user finds it and not as the tests configure it.
     """

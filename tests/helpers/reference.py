@@ -1,4 +1,4 @@
-"""What the package should compute, in float64 NumPy and as plainly as possible.
+"""The equations of the package, in float64 NumPy and as plain as possible.
 
 Nothing here imports the package. Norm streams are arrays of shape [steps]; each function returns
 one number per step.
@@ -127,10 +127,10 @@ def skipped_steps(
     max_consecutive: int = 32,
     warmup_steps: int = 10,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which steps are dropped, and the thresholds [steps, 2] of norm and loss that say so.
+    """The steps that are dropped, and the thresholds [steps, 2] of norm and loss.
 
-    NaN and Inf are, and what is over the median + sigma * spread of the last `size` finite ones,
-    but never more than `max_consecutive` of these in a row.
+    Steps with NaN or Inf are dropped, and those above the median + sigma * spread of the last
+    `size` finite values, but never more than `max_consecutive` of the latter in a row.
     """
     nothing = np.zeros(len(norms))
     streams = [
@@ -159,7 +159,7 @@ def skipped_steps(
 
 
 def olmo_skipped_steps(values, sigma: float = 6.0, size: int = 128) -> np.ndarray:
-    """What is not within the mean + sigma * std of the last `size`, whatever these were."""
+    """The steps not within the mean + sigma * std of the last `size` values of any kind."""
     values = np.asarray(values, np.float64)
     skipped = np.zeros(len(values), bool)
     for t in range(max(2, size // 2), len(values)):
