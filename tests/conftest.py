@@ -5,9 +5,7 @@ somebody's training run. Eight CPU devices stand for a mesh.
 """
 
 import os
-import sys
 import tempfile
-from pathlib import Path
 
 # Before the first import of JAX; shared by all workers of pytest-xdist.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -18,12 +16,6 @@ import jax
 
 # A program, `make mutation`.
 collect_ignore = ["mutation"]
-
-TESTS = Path(__file__).parent
-sys.path[:0] = [
-    str(TESTS / "helpers"),
-    *(str(TESTS.parent / name) for name in ("benchmarks", "examples")),
-]
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
