@@ -83,7 +83,7 @@ def safe_hypot(x: Norms, y: Norms) -> Norms:
     """
     zero = (x == 0) & (y == 0)
     larger = jnp.where(zero, 1.0, jnp.maximum(jnp.abs(x), jnp.abs(y)))
-    # Any scale gives the same value, so the derivative needs none by the scale.
+    # The result does not depend on the scale, so its derivative need not either.
     larger = jax.lax.stop_gradient(larger)
     squares = jnp.where(zero, 1.0, jnp.square(x / larger) + jnp.square(y / larger))
     return jnp.where(zero, 0.0, larger * jnp.sqrt(squares))
