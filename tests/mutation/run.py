@@ -54,6 +54,7 @@ OTHER_TESTS = {
     "learning": ["engine/test_rule.py", "clippers/test_skip_spikes.py"],
     "late_imports": ["engine/test_states.py"],
     "matrices": ["clippers/test_spectral_clip.py"],
+    "moments": ["histories/test_moments.py", "clippers/test_zclip.py", "test_filled_states.py"],
     "meshes": ["integration/test_shard_map.py"],
     "regroup": ["checkpoints/test_graft.py"],
     "singular_values": ["clippers/test_spectral_clip.py"],
