@@ -1,7 +1,7 @@
 """How the tests compile: quickly, or with JAX's defaults where they judge the compiled program.
 
-With the defaults, two thirds of the CPU time of `make test` would go into machine code that runs
-for a moment. XLA's own passes stay the same. The quick options make LLVM optimize less, generate
+With the defaults, most of the CPU time of `make test` would go into machine code that runs for a
+moment. XLA's own passes stay the same. The quick options make LLVM optimize less, generate
 the code of fusions directly and not by way of MLIR, and hand LLVM one module and not up to 32.
 `make test-long` compiles with the defaults.
 """
