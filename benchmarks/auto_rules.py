@@ -15,22 +15,19 @@ The streams show which candidates are safe. `make study-rules` shows which of th
 import argparse
 import bisect
 import platform
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import streams
 
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
+from running_reference import quantile
+
 Threshold = Callable[[list[float]], float]
 
 EARLY_NORMS = 10
-
-
-def quantile(ordered: list[float], fraction: float) -> float:
-    """Linear interpolation between order statistics, as in `numpy.percentile`."""
-    place = fraction * (len(ordered) - 1)
-    lower = int(place)
-    upper = min(lower + 1, len(ordered) - 1)
-    return ordered[lower] + (place - lower) * (ordered[upper] - ordered[lower])
 
 
 def median_rule(factor: float) -> Threshold:

@@ -15,7 +15,7 @@ import program_text
 import pytest
 from breadth import long_but
 from compat import lenient
-from compilation import BY_DEFAULT
+from compilation import JUDGED
 from flax.training.dynamic_scale import DynamicScale
 from regression import INPUTS, PARAMS, RATE, TARGETS, Autoclip
 
@@ -189,7 +189,7 @@ def test_unscaling_moves_no_more_memory_than_the_cast_to_float32():
             {"w": jax.ShapeDtypeStruct((width, 64), dtype)} for dtype in (jnp.float32, jnp.float16)
         )
         args = params, jax.eval_shape(tx.init, params), half, jnp.float32(1)
-        return program_text.usual_bytes(step.lower(*args).compile(BY_DEFAULT))
+        return program_text.usual_bytes(step.lower(*args).compile(JUDGED))
 
     def slope(unscale):
         """Bytes per byte of the parameters; the history has a constant size."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compilation import BY_DEFAULT
+from compilation import JUDGED
 
 from optax_smartclip.memory import (
     capture_graph_jaxpr,
@@ -40,7 +40,7 @@ def plan_of(fn, args, **options):
 
 
 def compiled_temp(gradient, *args):
-    return jax.jit(gradient).lower(*args).compile(BY_DEFAULT).memory_analysis().temp_size_in_bytes
+    return jax.jit(gradient).lower(*args).compile(JUDGED).memory_analysis().temp_size_in_bytes
 
 
 def assert_predicted(compressed, temp):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compilation import BY_DEFAULT
+from compilation import JUDGED
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from programs import assert_same, mapped
 
@@ -84,7 +84,7 @@ def test_gradient_is_that_of_jax(program):
 
 
 def temp_bytes(gradient, *args):
-    return jax.jit(gradient).lower(*args).compile(BY_DEFAULT).memory_analysis().temp_size_in_bytes
+    return jax.jit(gradient).lower(*args).compile(JUDGED).memory_analysis().temp_size_in_bytes
 
 
 def test_needs_less_memory_than_a_checkpoint_around_the_body_and_about_the_predicted_memory():

@@ -194,6 +194,8 @@ def run_mutants(mutants: Sequence[Mutant], workers: int, compiled: str, done: An
     context.set_forkserver_preload(PRELOADED)
     copies: queue.Queue[Path] = queue.Queue()
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
+        # Also for what a worker leaves that ends at the first failure.
+        os.environ["TMPDIR"] = folder
         for worker in range(workers):
             copies.put(Path(folder, f"copy{worker}"))
             copy_tree(copies.queue[-1])
