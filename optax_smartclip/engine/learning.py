@@ -38,7 +38,7 @@ class ThresholdRule(NamedTuple):
     record: Callable[[RuleState, Norms, Norms], RuleState]
 
 
-class Learnt(NamedTuple):
+class Learned(NamedTuple):
     """The outcome of one step of a rule.
 
     Attributes:
@@ -81,7 +81,7 @@ def learn(
     num_observed: Any,
     values: Norms,
     live: Mask,
-) -> Learnt:
+) -> Learned:
     """One step of a rule, which learns from the groups in `live` and from no other.
 
     A restored state, and with it `num_observed`, may consist of NumPy arrays.
@@ -97,7 +97,7 @@ def learn(
             f"got the shape {jnp.shape(thresholds)}."
         )
     recorded = rule.record(state, shown, thresholds)
-    return Learnt(
+    return Learned(
         thresholds=thresholds,
         rule=select_groups(live, recorded, state),
         num_observed=increment_where(live, num_observed),

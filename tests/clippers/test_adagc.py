@@ -9,6 +9,7 @@ import pytest
 import reference
 import streams
 from breadth import each_value
+from trees import assert_same_bits
 
 import optax_smartclip as smartclip
 
@@ -113,6 +114,14 @@ def test_the_smallest_norm_of_warmup_may_be_the_first_one():
         np.array([[1.0, 3.0, 1.0], [3.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
     )
     np.testing.assert_allclose(thresholds[2], [1.04, 1.04, 1.04], rtol=1e-6)
+
+
+def test_a_zero_gradient_in_warmup_makes_no_nan():
+    tx = smartclip.adagc()
+    zeros = jax.tree.map(np.zeros_like, DIRECTIONS)
+    with jax.debug_nans(True):
+        updates, _ = tx.update(zeros, tx.init(zeros))
+    assert_same_bits(updates, zeros)
 
 
 @pytest.mark.parametrize("dropped", [np.nan, np.inf, 0.0])

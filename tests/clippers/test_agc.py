@@ -7,6 +7,7 @@ import optax
 import pytest
 from smartclip.core import agc as reference_agc
 from steps import run
+from trees import assert_same_bits
 
 import optax_smartclip as smartclip
 from optax_smartclip import masks
@@ -48,6 +49,12 @@ def assert_trees_close(actual, expected, rtol=1e-6):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-30), actual, expected
     )
+
+
+@pytest.mark.parametrize(("scope", "clipped"), [("unit", np.float32(0)), ("global", np.bool_(0))])
+def test_a_new_state_has_clipped_nothing(scope, clipped):
+    state = smartclip.agc(scope=scope).init(random_tree(0))
+    assert_same_bits(state.last.clipped, clipped)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0])

@@ -138,6 +138,24 @@ def test_parts_may_be_stacked_along_any_axis_and_summed(axis, reduce):
     np.testing.assert_allclose(update, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("axis", [0, -1])
+def test_parts_of_a_scalar_are_along_its_only_axis(axis):
+    tx = smartclip.clip_micro_batches(smartclip.autoclip(), axis=axis)
+    update, _ = tx.update(np.float32([1, 1, 100, 1]), tx.init(np.float32(0)), np.float32(0))
+    assert update == pytest.approx((1 + 1 + 1.5 + 1) / 4)
+
+
+def test_the_record_of_no_step_is_zero():
+    state = smartclip.clip_micro_batches(smartclip.autoclip(scope="per_param")).init(PARAMS)
+    groups = len(jax.tree.leaves(PARAMS))
+    assert_same_bits(
+        state.last,
+        smartclip.MicroBatchMetrics(
+            *(np.zeros(groups, dtype) for dtype in ("int32", "int32", "float32", "float32"))
+        ),
+    )
+
+
 def test_means_in_low_precision_are_rounded_once_and_integers_come_from_the_first_part():
     params = {"low": np.zeros(2, jnp.bfloat16), "count": np.int32(0)}
     batch = {
@@ -231,6 +249,7 @@ def test_a_run_continues_from_a_state_saved_by_flax(tmp_path):
         ({"clipper": optax.clip_by_global_norm(1.0)}, "`clipper` must be a clipper with a history"),
         ({"clipper": smartclip.agc()}, "`clipper` must be a clipper with a history"),
         ({"clipper": optax.chain(smartclip.autoclip())}, "not within a chain"),
+        ({"clipper": smartclip.autoclip()._replace()}, "`clipper` must be a clipper with a"),
         ({"axis": True}, "`axis` must be a Python int or None, got True"),
         ({"axis": None}, "`axis` must be an int where `axis_name` names no axis"),
         ({"reduce": "median"}, "`reduce` must be one of 'mean', 'sum', None, got 'median'"),

@@ -358,6 +358,29 @@ def test_the_rate_cut_multiplies_the_updates_of_later_steps():
     assert smartclip.metrics(state)["num_restores"] == 3
 
 
+def test_a_run_can_return_several_times_without_a_step():
+    init, update, restore = descend()
+    _, state = update(PARAMS, init(PARAMS), PARAMS)
+    for restores in (1, 2):
+        _, state = restore(PARAMS, state, True)
+        assert smartclip.metrics(state)["num_restores"] == restores
+
+
+def test_a_step_whose_norm_is_at_the_threshold_is_a_good_one():
+    limit = smartclip.ThresholdRule(
+        init=jnp.zeros,
+        threshold=lambda state, norms: jnp.ones_like(norms),
+        record=lambda state, norms, thresholds: state,
+    )
+    tx = keep_last_good(smartclip.skip_spikes(optax.sgd(1.0), rule=limit, warmup_steps=0), every=1)
+    params, state = jnp.zeros(()), tx.init(jnp.zeros(()))
+    ages = []
+    for _ in range(3):
+        _, state = tx.update(jnp.ones(()), state, params)
+        ages.append(int(smartclip.metrics(state)["copy_age"]))
+    assert ages == [1, 2, 2]
+
+
 def test_before_the_first_copy_nothing_changes():
     init, update, restore = descend()
     bad = jax.tree.map(lambda leaf: np.float32(NAN) * leaf, PARAMS)
@@ -401,6 +424,7 @@ BARE = inspect.unwrap(keep_last_good)
     ("arguments", "message"),
     [
         ({"every": 0}, "`every` must be a number of steps, >= 1, got 0."),
+        ({"every": 2**31}, "`every` must be a number of steps, >= 1, got 2147483648."),
         ({"every": None}, "`every` must be a number of steps, >= 1, got None."),
         ({"memory_kind": "host"}, "`memory_kind` must be one of None, 'pinned_host', got 'host'."),
         (
@@ -413,6 +437,14 @@ def test_a_bad_argument_is_named_with_its_value(arguments, message):
     with pytest.raises(ValueError, match="must be") as error:
         BARE(**({"inner": optax.identity(), "every": 3} | arguments))
     assert str(error.value) == message
+
+
+def test_a_run_may_be_too_short_for_a_second_copy():
+    tx = keep_last_good(optax.identity(), every=2**31 - 1)
+    state = tx.init(PARAMS)
+    for age in (1, 2):
+        _, state = tx.update(PARAMS, state, PARAMS)
+        assert smartclip.metrics(state)["copy_age"] == age
 
 
 @pytest.mark.parametrize(

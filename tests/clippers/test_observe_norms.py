@@ -140,6 +140,13 @@ def chain():
     return optax.chain(observe_norms(), smartclip.autoclip(), optax.sgd(0.1, momentum=0.9))
 
 
+def test_the_record_before_the_first_step_is_zero():
+    record = smartclip.metrics(observe_norms(scope="per_param").init(PARAMS))
+    num_groups = len(jax.tree.leaves(PARAMS))
+    zeros = np.zeros(num_groups, np.float32)
+    assert_same_bits(record, {"observed_norm": zeros, "norm_share": zeros})
+
+
 def test_its_record_is_found_next_to_a_clipper_and_by_optax():
     tx = chain()
     grads = gradient(1, 2, 3)

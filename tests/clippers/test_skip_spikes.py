@@ -242,6 +242,12 @@ def test_a_loss_in_bfloat16_may_be_rounded_up():
     assert dropped(np.ones(500), losses) == []
 
 
+def test_when_all_losses_were_zero_the_first_other_one_is_not_dropped():
+    losses = np.zeros(30)
+    losses[20] = 1.0
+    assert dropped(noise(30), losses) == []
+
+
 def test_when_most_norms_are_zero_the_others_are_not_dropped():
     norms = np.where(np.random.default_rng(0).random(500) < 0.2, 1.0, 0.0)
     assert dropped(norms) == []
@@ -682,8 +688,10 @@ def test_a_norm_at_the_threshold_itself_is_not_dropped():
     assert after(state, np.nextafter(threshold, np.float32(np.inf)))["skipped"]
 
 
-def test_the_record_before_the_first_step_is_empty():
-    record = smartclip.metrics(smartclip.skip_spikes(optax.identity()).init(jnp.zeros(1)))
+@pytest.mark.parametrize("limit", [None, 1])
+def test_the_record_before_the_first_step_is_empty(limit):
+    tx = smartclip.skip_spikes(optax.identity(), give_up_after=limit)
+    record = smartclip.metrics(tx.init(jnp.zeros(1)))
     unknown = {"skip_norm_threshold", "skip_value_threshold"}
     assert {name: value.item() for name, value in record.items()} == {
         name: LARGEST if name in unknown else 0 for name in record
