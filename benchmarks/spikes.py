@@ -235,7 +235,7 @@ def excess_of_loss(training: Training, label: str) -> float:
 
 
 def plot(results: Streams, training: Training, path: Path) -> None:
-    """Draws the table in colours: blue within the mark, red beyond it."""
+    """Draws the table in colors: blue within the mark, red beyond it."""
     import matplotlib as mpl
 
     mpl.use("Agg")

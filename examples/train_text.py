@@ -56,8 +56,8 @@ LABELS = {
     "zscore": "zscore_clip()",
     "agc": "agc()",
 }
-# Okabe and Ito's colours, which can be told apart with any colour vision.
-COLOURS = {
+# Okabe and Ito's colors, which can be told apart with any color vision.
+COLORS = {
     "none": "#000000",
     "fixed": "#E69F00",
     "autoclip": "#0072B2",
@@ -274,14 +274,14 @@ def plot_loss(results: dict[str, Runs], path: Path) -> None:
     )
     for place, (name, runs) in enumerate(results.items()):
         smoothed = np.array([smooth(loss) for loss in runs.steps.loss])
-        curves.plot(smoothed.T, color=COLOURS[name], linewidth=0.4, alpha=0.3)
+        curves.plot(smoothed.T, color=COLORS[name], linewidth=0.4, alpha=0.3)
         mean, interval = runs.held_out.mean(), margin(runs.held_out)
         label = f"{LABELS[name]}: {mean:.2f} ± {interval:.2f}"
-        curves.plot(smoothed.mean(axis=0), color=COLOURS[name], linewidth=1.8, label=label)
+        curves.plot(smoothed.mean(axis=0), color=COLORS[name], linewidth=1.8, label=label)
         places = np.full(len(runs.held_out), place)
-        ends.plot(places, runs.held_out, "o", color=COLOURS[name], markersize=4, alpha=0.3)
+        ends.plot(places, runs.held_out, "o", color=COLORS[name], markersize=4, alpha=0.3)
         ends.errorbar(
-            place + 0.3, mean, interval, fmt="_", color=COLOURS[name], capsize=3, markersize=7
+            place + 0.3, mean, interval, fmt="_", color=COLORS[name], capsize=3, markersize=7
         )
     curves.set(xlabel="step", ylabel="training loss (bits per character)", ylim=LOSSES_SHOWN)
     curves.set_title("A character-level RNN on Python's documentation", loc="left")
@@ -301,7 +301,7 @@ def plot_norms(results: dict[str, Runs], path: Path) -> None:
     )  # fmt: skip
     for (name, runs), axes in zip(results.items(), panels[:, 0], strict=True):
         record = Record(*(field[0] for field in runs.steps))
-        axes.plot(record.grad_norm, color=COLOURS[name], linewidth=0.8, label="norm")
+        axes.plot(record.grad_norm, color=COLORS[name], linewidth=0.8, label="norm")
         # A threshold of agc() applies to one unit, so it does not belong on this axis.
         if name not in ("none", "agc"):
             known = record.threshold < np.finfo(np.float32).max

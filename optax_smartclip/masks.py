@@ -28,7 +28,7 @@ def except_paths(*patterns: str) -> MaskFn:
 
     Returns:
         A function of the parameters (arrays or shapes) that returns a tree of bools. It raises
-        ValueError if a pattern matches no path: a mask that masks nothing is a misspelt one.
+        ValueError if a pattern matches no path: a mask that masks nothing is a misspelled one.
 
     Raises:
         ValueError: If no pattern is given, or one is not a regular expression.

@@ -13,8 +13,8 @@ from study.training import Task
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-# The arms with their own colours; the others are grey.
-COLOURS = {
+# The arms with their own colors; the others are gray.
+COLORS = {
     NONE: "black",
     fixed(1.0): "tab:blue",
     AUTO: "tab:red",
@@ -57,10 +57,10 @@ def _panels(
     for axis in axes.flat[len(tables) :]:
         axis.axis("off")
     arms = {arm for table in tables.values() for arm in of_arms(table)}
-    handles = {arm: plt.Line2D([], [], color=COLOURS[arm]) for arm in COLOURS if arm in arms}
-    if arms - COLOURS.keys():
-        handles["other clippers"] = plt.Line2D([], [], color="lightgrey")
-    handles["diverges"] = plt.Line2D([], [], color="grey", marker="x", linestyle="")
+    handles = {arm: plt.Line2D([], [], color=COLORS[arm]) for arm in COLORS if arm in arms}
+    if arms - COLORS.keys():
+        handles["other clippers"] = plt.Line2D([], [], color="lightgray")
+    handles["diverges"] = plt.Line2D([], [], color="gray", marker="x", linestyle="")
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
     figure.supxlabel("peak learning rate", fontsize="medium")
     return figure
@@ -68,15 +68,13 @@ def _panels(
 
 def _draw_task(axis: plt.Axes, task: Task, table: Table) -> None:
     outcomes = of_arms(table)
-    for arm in sorted(outcomes, key=lambda arm: arm in COLOURS):
-        outcome, colour = outcomes[arm], COLOURS.get(arm, "lightgrey")
+    for arm in sorted(outcomes, key=lambda arm: arm in COLORS):
+        outcome, color = outcomes[arm], COLORS.get(arm, "lightgray")
         losses = capped(outcome).mean(axis=1)
-        axis.plot(table.rates, losses, color=colour, linewidth=1.5 if arm in COLOURS else 0.8)
+        axis.plot(table.rates, losses, color=color, linewidth=1.5 if arm in COLORS else 0.8)
         share = diverged(outcome).mean(axis=1)
         some = share > 0
-        axis.scatter(
-            np.array(table.rates)[some], losses[some], 60 * share[some], colour, marker="x"
-        )
+        axis.scatter(np.array(table.rates)[some], losses[some], 60 * share[some], color, marker="x")
     axis.set(xscale="log", title=task.title, ylabel=task.unit)
     axis.title.set_fontsize("medium")
 
@@ -101,9 +99,9 @@ def _heat_map(lost: np.ndarray, arms: Sequence[str], titles: Sequence[str]) -> p
     image = axis.imshow(lost, cmap="Reds", norm=mpl.colors.PowerNorm(0.5, 0, 50), aspect="auto")
     for (row, column), figure_lost in np.ndenumerate(lost):
         if np.isfinite(figure_lost):
-            colour = "white" if figure_lost > 25 else "black"
+            color = "white" if figure_lost > 25 else "black"
             text = f"{figure_lost:.0f}" if figure_lost >= 9.5 else f"{figure_lost:.1f}"
-            axis.text(column, row, text, ha="center", va="center", color=colour, fontsize="small")
+            axis.text(column, row, text, ha="center", va="center", color=color, fontsize="small")
     axis.set_xticks(range(columns), titles, rotation=40, ha="right")
     axis.set_yticks(range(rows), arms)
     figure.colorbar(image, label="% of progress lost", pad=0.01)

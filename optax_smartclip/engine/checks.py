@@ -139,7 +139,7 @@ def compile_pattern(must: str, pattern: Any) -> re.Pattern[str]:
 def check_patterns_match(
     must: str, patterns: Iterable[re.Pattern[str]], names: list[str], hint: str = ""
 ) -> None:
-    """Raises ValueError if a pattern matches no name of a leaf: it is a misspelt one."""
+    """Raises ValueError if a pattern matches no name of a leaf: it is a misspelled one."""
     for pattern in patterns:
         if names and not any(pattern.search(name) for name in names):
             raise ValueError(

@@ -117,7 +117,7 @@ class Mutant(NamedTuple):
 
 
 def find_mutants(path: str, source: str) -> Iterator[Mutant]:
-    """Yields the mutants of a module, except those that cannot change its behaviour."""
+    """Yields the mutants of a module, except those that cannot change its behavior."""
     skipped = list(_skipped(ast.parse(source)))
     original = ast.dump(ast.parse(source))
     nodes = list(ast_nodes(get_ast(source)))

@@ -31,7 +31,7 @@ def load_digits() -> tuple[Images, Labels]:
 
 
 def patches(x: Float[Array, "batch height width channels"]) -> Array:
-    """The 3 by 3 neighbourhood of every second pixel, which turns a convolution into a product.
+    """The 3 by 3 neighborhood of every second pixel, which turns a convolution into a product.
 
     XLA's CPU compiler is slow at convolutions whose weights differ between runs.
     """
