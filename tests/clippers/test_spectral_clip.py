@@ -331,6 +331,23 @@ def test_inside_shard_map_each_device_has_its_own_matrices():
 
 
 @pytest.mark.parametrize(
+    ("shapes", "rows"),
+    [({"bias": (4,), "tall": (50, 3), "wide": (2, 20)}, 3), ({"bias": (4,)}, 0)],
+)
+def test_the_state_has_a_vector_on_the_shorter_side_of_each_matrix(shapes, rows):
+    state = smartclip.spectral_clip().init(random_tree(0, 1.0, shapes))
+    assert state.rule.vectors.shape == (len(shapes), rows)
+
+
+def test_nothing_is_known_before_the_first_norm():
+    tx = smartclip.spectral_clip(0.5, warmup_steps=0)
+    updates, state = tx.update(PARAMS, tx.init(PARAMS))
+    assert_same_bits(updates, PARAMS)
+    largest = np.finfo(np.float32).max
+    np.testing.assert_array_equal(smartclip.metrics(state)["clip_threshold"], largest)
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("factor", 0.0),

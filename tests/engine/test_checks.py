@@ -201,6 +201,15 @@ SHARED = {
 }
 # The arguments of clippers with a history.
 LEARNS = SHARED | {"norm_of": None}
+ADAM = {
+    "b1": 0.9,
+    "b2": 0.99,
+    "eps": 1e-6,
+    "mu_dtype": None,
+    "mask": None,
+    "stacked": None,
+    "axis_name": None,
+}
 DEFAULTS = {
     smartclip.clip_by_rule: {"scope": "global", "warmup_steps": 0} | LEARNS,
     smartclip.autoclip: {
@@ -260,6 +269,16 @@ DEFAULTS = {
         "mask": None,
         "warmup_steps": 1,
         "nonfinite": "zero",
+    },
+    smartclip.scale_by_stable_adam: ADAM | {"weight_decay": 0.0},
+    smartclip.stable_adamw: ADAM | {"weight_decay": 0.01},
+    smartclip.clip_micro_batches: {"axis": 0, "axis_name": None, "reduce": "mean"},
+    smartclip.keep_last_good: {"memory_kind": None, "axis_name": None},
+    smartclip.observe_norms: {
+        "scope": "per_layer",
+        "stacked": None,
+        "mask": None,
+        "axis_name": None,
     },
     smartclip.geometric_quantile: {"rate": 0.02},
     smartclip.log_histogram: {"relative_error": 0.01, "decay": None},
