@@ -61,7 +61,8 @@ def test_without_a_threshold_there_is_no_excess():
 
 def test_everything_is_finite_when_a_norm_is_not_or_a_threshold_is_zero():
     for metrics in (of_observer([1.0, NAN, 0.0, INF], 1e-3), of_clipper([1, NAN, 0, INF], [0] * 4)):
-        found = culprits(metrics)
+        with jax.debug_nans(True):
+            found = culprits(metrics)
         assert found.by_share[:2].tolist() == found.by_excess[:2].tolist() == [1, 3]
         np.testing.assert_allclose(found.share, [0.5, 0.5, 0.0, 0.0])
         np.testing.assert_array_equal(found.excess[:2], LARGEST)
@@ -117,13 +118,24 @@ def test_a_spike_is_found_at_its_step_inside_a_scan_of_runs_under_vmap():
             of_observer(NORMS, 8.0),
             "head 85.2 % of the squared norm, 1.5 x the threshold; neck 9.47 % of the squared norm",
         ),
+        (
+            of_clipper(NORMS, [3, 8, 20, 1]),
+            "head 85.2 % of the squared norm, 1.5 x the threshold; neck 9.47 % of the squared norm",
+        ),
         (of_observer([1, 1, INF, 1]), "neck 100 % of the squared norm, NaN or Inf"),
         (of_observer([0, 0, 0, 0], 1.0), "a gradient of zero"),
     ],
-    ids=["clipper", "observer", "observer and clipper", "not finite", "zero"],
+    ids=["clipper", "observer", "observer and clipper", "at it", "not finite", "zero"],
 )
 def test_one_line_names_them(metrics, line):
     assert culprits(metrics, top=2).describe(LABELS) == line
+
+
+def test_five_groups_are_returned_by_default_or_as_many_as_there_are():
+    for groups, returned in ((7, 5), (5, 5), (0, 0)):
+        found = culprits(of_clipper(np.arange(groups), np.ones(groups)))
+        assert found.by_share.shape == (returned,)
+    assert found.describe([]) == "a gradient of zero"
 
 
 def test_what_does_not_fit_is_an_error():

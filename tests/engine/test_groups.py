@@ -211,6 +211,12 @@ def test_a_prefix_gives_its_values_to_everything_below():
         broadcast_prefix("mask", {}, paths)
 
 
+@pytest.mark.parametrize("mask", [True, np.bool_(False), jnp.array(True)])
+def test_a_mask_of_one_value_for_the_whole_tree_is_refused(mask):
+    with pytest.raises(ValueError, match=r"`mask` must be a tree of bools .* not a single value"):
+        assign_groups("global", {"a": X}, mask=mask)
+
+
 def test_labels_of_a_function_may_be_tuples_and_numbers():
     params = {"a": {"w": 0.0, "b": 0.0}, "c": 0.0}
     labels = smartclip.group_labels(lambda path: (len(path), "deep"), params)

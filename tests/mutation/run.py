@@ -49,12 +49,18 @@ PATHS = {
 OTHER_TESTS = {
     "adagc": ["clippers/test_adagc.py", "test_filled_states.py"],
     "autoclip": ["clippers/test_autoclip.py", "test_filled_states.py"],
+    "checks": ["engine/test_checks.py", "test_masks.py", "clippers/test_skip_spikes.py"],
     "clip_micro_batches": [
         "clippers/test_clip_micro_batches.py",
         "integration/test_micro_batches.py",
     ],
     "dtypes": ["engine/test_norms.py", "engine/test_scaling.py"],
-    "flax_states": ["engine/test_states.py"],
+    "flax_states": [
+        "engine/test_states.py",
+        "test_stored_states.py",
+        "integration/test_checkpoints.py",
+    ],
+    "groups": ["engine/test_groups.py", "engine/test_rule.py", "test_stacked.py"],
     "history": ["histories/test_ring_buffer.py"],
     "known_norms": ["clippers/test_skip_spikes.py"],
     "learning": ["engine/test_rule.py", "clippers/test_skip_spikes.py"],
@@ -66,6 +72,7 @@ OTHER_TESTS = {
     "singular_values": ["clippers/test_spectral_clip.py"],
     "stacks": ["test_stacked.py"],
     "trees": ["engine/test_groups.py", "engine/test_rule.py"],
+    "zscore_clip": ["clippers/test_zscore_clip.py", "test_filled_states.py"],
     "units": ["engine/test_units.py", "clippers/test_agc.py"],
 }
 
