@@ -128,6 +128,14 @@ def test_a_spike_is_cut_and_the_rest_is_kept(size, unit):
     np.testing.assert_allclose(record["clip_scale"], scale, rtol=FLOAT32)
 
 
+@pytest.mark.parametrize("shape", [(9, 6), (6, 6), (1, 6)])
+def test_a_matrix_of_any_shape_is_cut_as_it_lies(shape):
+    matrix = np.float32(np.random.default_rng(0).normal(size=shape))
+    limit = largest(matrix) / 3
+    found, _ = cut(matrix, np.float32(limit))
+    assert largest(found - cut_in_float64(matrix, limit)) < 5e-4 * limit
+
+
 @pytest.mark.parametrize("num_iterations", [6, 12])
 def test_the_cut_is_exact_up_to_the_reach(num_iterations):
     matrix = with_spikes(1e6)
