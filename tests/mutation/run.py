@@ -71,7 +71,16 @@ OTHER_TESTS = {
     "learning": ["engine/test_rule.py", "clippers/test_skip_spikes.py"],
     "matrices": ["clippers/test_spectral_clip.py"],
     "moments": ["histories/test_moments.py", "clippers/test_zclip.py", "test_filled_states.py"],
-    "meshes": ["integration/test_shard_map.py"],
+    "meshes": [
+        "integration/test_shard_map.py",
+        "integration/test_meshes.py",
+        "clippers/test_spectral_clip.py",
+    ],
+    "metrics": [
+        "engine/test_metrics.py",
+        "clippers/test_agc.py",
+        "clippers/test_where_skipped.py",
+    ],
     "regroup": ["checkpoints/test_graft.py"],
     "singular_values": ["clippers/test_spectral_clip.py"],
     "stacks": ["test_stacked.py"],
