@@ -8,7 +8,7 @@ import reference
 from compat import enable_x64
 
 from optax_smartclip.engine.dtypes import is_inexact, working_dtype
-from optax_smartclip.engine.norms import group_norms, norms_in_range
+from optax_smartclip.engine.norms import group_norms, has_gradient, learnable, norms_in_range
 from optax_smartclip.engine.partitions import Leaves, Units
 
 RANDOM = np.random.default_rng(0)
@@ -257,6 +257,23 @@ def test_a_group_has_the_same_bits_next_to_other_groups_and_in_another_program()
     between = [item for array in arrays for item in (jnp.full(3, 1e3), array)]
     np.testing.assert_array_equal(norms_by_leaf(arrays), alone)
     np.testing.assert_array_equal(norms_by_leaf(between, [1, 0] * 9, 2)[0], alone[0])
+
+
+def test_a_history_holds_norms_of_any_size_in_float32():
+    smallest, largest = 2.0**-126, 2.0**126
+    norms = [1e-300, smallest, 1e-20, 1.1, 1e30, largest, 1e38, 1e300]
+    expected = [smallest, smallest, 1e-20, 1.1, 1e30, largest, largest, largest]
+    with enable_x64(True):
+        found = learnable(jnp.asarray(norms, jnp.float64))
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, np.float32(expected))
+    as_they_are = jnp.asarray([1e-38, 3e38], jnp.float32)
+    np.testing.assert_array_equal(learnable(as_they_are), as_they_are)
+
+
+def test_zero_nan_and_inf_are_no_norms_to_learn_from():
+    found = has_gradient(jnp.asarray([0.0, 1e-30, 0.5, 1.0, 3e38, np.inf, np.nan]))
+    assert found.tolist() == [False, True, True, True, True, False, False]
 
 
 def test_one_program_serves_all_gradients():

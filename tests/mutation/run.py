@@ -70,7 +70,6 @@ OTHER_TESTS = {
     "late_imports": ["engine/test_states.py", "integration/test_checkpoints.py"],
     "learning": ["engine/test_rule.py", "clippers/test_skip_spikes.py"],
     "matrices": ["clippers/test_spectral_clip.py"],
-    "moments": ["histories/test_moments.py", "clippers/test_zclip.py", "test_filled_states.py"],
     "meshes": [
         "integration/test_shard_map.py",
         "integration/test_meshes.py",
@@ -81,12 +80,23 @@ OTHER_TESTS = {
         "clippers/test_agc.py",
         "clippers/test_where_skipped.py",
     ],
+    "moments": ["histories/test_moments.py", "clippers/test_zclip.py", "test_filled_states.py"],
+    "norms": [
+        "engine/test_norms.py",
+        "clippers/test_observe_norms.py",
+    ],
+    "partitions": [
+        "engine/test_partitions.py",
+        "clippers/test_clip_micro_batches.py",
+        "clippers/test_agc.py",
+        "test_stacked.py",
+    ],
     "regroup": ["checkpoints/test_graft.py"],
     "singular_values": ["clippers/test_spectral_clip.py"],
     "stacks": ["test_stacked.py"],
     "trees": ["engine/test_groups.py", "engine/test_rule.py"],
-    "zscore_clip": ["clippers/test_zscore_clip.py", "test_filled_states.py"],
     "units": ["engine/test_units.py", "clippers/test_agc.py"],
+    "zscore_clip": ["clippers/test_zscore_clip.py", "test_filled_states.py"],
 }
 
 
