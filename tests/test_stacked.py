@@ -250,6 +250,13 @@ def test_a_wrong_argument_is_refused_by_the_factory(stacked, message):
         smartclip.agc(stacked=stacked)
 
 
+def test_axes_are_counted_from_either_end_and_an_array_without_elements_is_whole():
+    params = {"empty": jnp.zeros((0, 3)), "scale": jnp.zeros(2), "w": jnp.zeros((3, 1))}
+    stacked = {"empty": 0, "scale": -1, "w": (-2, 1)}
+    labels = smartclip.group_labels("per_param", params, stacked=stacked)
+    assert labels == ("empty", "scale[0]", "scale[1]", "w[0,0]", "w[1,0]", "w[2,0]")
+
+
 @pytest.mark.parametrize(
     ("stacked", "message"),
     [

@@ -122,6 +122,16 @@ def test_warm_up_and_ceiling_may_be_traced_in_any_dtype(warmup_dtype, norm_dtype
     assert limits.dtype == jnp.float32
 
 
+def test_a_threshold_beyond_which_a_history_holds_no_norms_limits_nothing_in_float64():
+    largest = 2.0**126
+    with enable_x64(True):
+        thresholds = jnp.asarray([1.0, largest / 2, largest, 2 * largest], jnp.float32)
+        limits = limit_threshold(thresholds, jnp.ones(4, jnp.int32), 1, None, jnp.float64)
+    assert limits.dtype == jnp.float64
+    unlimited = np.finfo(np.float64).max
+    np.testing.assert_array_equal(limits, [1.0, largest / 2, unlimited, unlimited])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("nonfinite", ["zero", "propagate"])
 def test_arrays_keep_their_dtype_and_are_multiplied_exactly(dtype, nonfinite):

@@ -92,6 +92,8 @@ OTHER_TESTS = {
         "test_stacked.py",
     ],
     "regroup": ["checkpoints/test_graft.py"],
+    "rule": ["engine/test_rule.py", "clippers/test_clip_micro_batches.py"],
+    "scaling": ["engine/test_scaling.py", "test_min_scale.py", "clippers/test_agc.py"],
     "singular_values": ["clippers/test_spectral_clip.py"],
     "stacks": ["test_stacked.py"],
     "trees": ["engine/test_groups.py", "engine/test_rule.py"],
