@@ -214,6 +214,9 @@ NO_STATES = {
     "a tuple": (),
     "of the chain": optax.chain(smartclip.autoclip(), optax.sgd(0.1)).init(PARAMS),
     "of an optimizer": optax.adam(0.1).init(PARAMS),
+    "with one field of the same name": smartclip.clip_micro_batches(smartclip.autoclip()).init(
+        PARAMS
+    ),
     "restored without a target": flax.serialization.to_state_dict(
         smartclip.autoclip().init(PARAMS)
     ),
