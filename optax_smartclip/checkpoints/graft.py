@@ -282,7 +282,9 @@ def _names(path: KeyPath) -> tuple[str, ...]:
 
 
 def _stable(parts: list[str]) -> tuple[str, ...]:
-    return tuple(name for name in parts if not name.isdecimal() and name != "inner_state")
+    # The path of a tree that is a single node is empty.
+    passed_over = ("", "inner_state")
+    return tuple(name for name in parts if not name.isdecimal() and name not in passed_over)
 
 
 def _fields_of_tuples(node: PyTree, path: KeyPath = ()) -> Iterator[KeyPath]:

@@ -217,6 +217,19 @@ def test_the_counts_of_a_wrapper_survive(wrap, tmp_path):
     assert_close(updates, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_clipper_can_be_put_first_within_a_wrapper(wrap, tmp_path):
+    saved, new = after(wrap(sgd())), wrap(optax.chain(autoclip(), sgd()))
+    lines = []
+    for form, told in itertools.product(in_every_form(saved, tmp_path), (None, lines.append)):
+        grafted = smartclip.graft(form, new.init(PARAMS), on_mismatch=told)
+        nodes = jax.tree.leaves(grafted, is_leaf=is_clipper)
+        others = [jnp.asarray(node) for node in nodes if not is_clipper(node)]
+        assert_same_bits(others, jax.tree.leaves(saved))
+    assert len(lines) == 4
+    assert len(set(lines)) == 1
+
+
 def test_a_leaf_of_another_shape_or_dtype_is_refused_by_its_name():
     new = optax.chain(autoclip(), sgd())
     saved = after(sgd())
@@ -578,6 +591,13 @@ def test_added_and_removed_clippers_are_reported():
     assert lines == ["started '1'", "left out '0'"]
 
 
+def test_a_clipper_without_groups_goes_on_and_nothing_is_reported():
+    lines = []
+    state = smartclip.autoclip(scope="per_param").init({})
+    assert_same_bits(smartclip.graft(state, state, on_mismatch=lines.append), state)
+    assert lines == []
+
+
 def test_states_that_only_their_order_identifies_go_on_only_if_all_are_there():
     lines = []
     saved = after(optax.chain(optax.trace(0.9), optax.trace(0.5)))
@@ -712,6 +732,22 @@ def test_a_cast_state_goes_on_by_group():
     assert_close(state, in_full, rtol=2**-8)
     with pytest.raises(ValueError, match="With `cast=True`, it is cast"):
         smartclip.graft(narrow(saved), tx.init(now), on_mismatch=told, **labels)
+
+
+@pytest.mark.parametrize(
+    "wrap", [smartclip.skip_spikes, functools.partial(smartclip.keep_last_good, every=3)]
+)
+def test_a_clipper_goes_on_when_what_is_around_it_alone_comes_or_goes(wrap):
+    within, alone = after(wrap(autoclip())), after(autoclip())
+    assert_same_bits(smartclip.graft(within, autoclip().init(PARAMS)), within.inner_state)
+    assert_same_bits(smartclip.graft(alone, wrap(autoclip()).init(PARAMS)).inner_state, alone)
+
+
+def test_a_clipper_in_bfloat16_starts_without_cast():
+    tx = optax.chain(autoclip(), sgd())
+    saved, fresh = after(tx), tx.init(PARAMS)
+    state = smartclip.graft((narrow(saved[0]), saved[1]), fresh)
+    assert_same_bits(state, (fresh[0], saved[1]))
 
 
 def test_integers_are_not_cast():

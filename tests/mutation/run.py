@@ -91,7 +91,11 @@ OTHER_TESTS = {
         "clippers/test_agc.py",
         "test_stacked.py",
     ],
-    "regroup": ["checkpoints/test_graft.py"],
+    "regroup": [
+        "checkpoints/test_graft.py",
+        "clippers/test_observe_norms.py",
+        "clippers/test_keep_last_good.py",
+    ],
     "rule": ["engine/test_rule.py", "clippers/test_clip_micro_batches.py"],
     "scaling": ["engine/test_scaling.py", "test_min_scale.py", "clippers/test_agc.py"],
     "singular_values": ["clippers/test_spectral_clip.py"],
