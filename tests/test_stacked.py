@@ -262,7 +262,7 @@ def test_axes_are_counted_from_either_end_and_an_array_without_elements_is_whole
     [
         ({"layer_s": 0}, "'layer_s' matches none of head/bias, head/kernel, layers/bias"),
         ({"layers": 1}, r"must name axes of 'layers/bias', which has the shape \(3,\), .* got 1"),
-        ({"kernel": (0, 2)}, "must name axes of 'head/kernel'"),
+        ({"kernel": (0, 3)}, "must name axes of 'head/kernel'"),
         ({"kernel": (0, -2)}, "must name axes of 'head/kernel', .* each once"),
         (lambda path, shape: "0", "must name axes of 'head/bias'"),
     ],

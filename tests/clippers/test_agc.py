@@ -57,6 +57,17 @@ def test_a_new_state_has_clipped_nothing(scope, clipped):
     assert_same_bits(state.last.clipped, clipped)
 
 
+@pytest.mark.parametrize("scope", ["unit", "global"])
+def test_zero_nan_and_inf_do_not_count_as_observed(scope):
+    params = {"w": np.float32([[3.0, 4.0]])}
+    tx = smartclip.agc(scope=scope)
+    state, counts = tx.init(params), []
+    for size in (1e-4, 0.0, np.nan, 5.0, np.inf):
+        _, state = tx.update({"w": np.float32([[size, size]])}, state, params)
+        counts.append(int(np.max(state.num_observed)))
+    assert counts == [1, 1, 1, 2, 2]
+
+
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0])
 @pytest.mark.parametrize(("clipping", "eps"), [(0.01, 1e-3), (0.3, 0.5)])
 def test_equals_optax_for_every_rank_that_all_versions_of_optax_know(scale, clipping, eps):

@@ -1,5 +1,7 @@
 """AutoClip against the paper, the smartclip package, its float64 reference and the ten streams."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -177,6 +179,20 @@ def test_a_history_is_told_the_percentiles_that_it_has_to_answer(percentile):
     gradient = np.ones(2, np.float32)
     jax.eval_shape(tx.update, gradient, tx.init(gradient))
     assert told == asked != set()
+
+
+@of_both_modes
+def test_zeros_that_an_older_version_has_recorded_clip_nothing(outliers_only):
+    tx = smartclip.autoclip(outliers_only=outliers_only)
+    gradient = np.ones(1, np.float32)
+    state = tx.init(gradient)
+    history = smartclip.ring_buffer(state.rule.history.ring.shape[1])
+    zeros = state.rule.history
+    for _ in range(12):
+        zeros = history.record(zeros, jnp.zeros(1), (25.0, 50.0, 75.0))
+    rule = dataclasses.replace(state.rule, history=zeros, num_recorded=jnp.int32([12]))
+    updates, _ = tx.update(gradient, dataclasses.replace(state, rule=rule))
+    np.testing.assert_array_equal(updates, gradient)
 
 
 @of_both_modes

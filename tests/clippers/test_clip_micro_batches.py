@@ -103,7 +103,7 @@ def test_the_record_counts_the_parts_of_the_last_batch():
 
 LOOPS = {
     "autoclip of slices": smartclip.autoclip(
-        90.0, scope="per_param", stacked={"kernel": 1}, max_norm=0.3
+        90.0, scope="per_param", stacked={"kernel": (1, 0)}, max_norm=0.3
     ),
     "adagc per layer": smartclip.adagc(
         scope="per_layer", warmup_steps=5, absolute_clip=None, nonfinite="propagate"
@@ -136,6 +136,13 @@ def test_parts_may_be_stacked_along_any_axis_and_summed(axis, reduce):
     clipped = batch * np.minimum(1, limits / norms)[:, None, None]
     expected = clipped.sum(0) if reduce else np.moveaxis(clipped, 0, axis)
     np.testing.assert_allclose(update, expected, rtol=1e-5)
+
+
+def test_without_parameters_the_leaves_of_a_part_have_their_shapes():
+    tx = smartclip.clip_micro_batches(LOOPS["autoclip of slices"])
+    state = tx.init(PARAMS)
+    expected = tx.update(BATCHES[0], state, PARAMS)
+    assert_same_bits(tx.update(BATCHES[0], state), expected)
 
 
 @pytest.mark.parametrize("axis", [0, -1])

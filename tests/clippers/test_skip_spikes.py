@@ -620,6 +620,14 @@ def test_a_loss_may_be_a_number_of_any_kind(value):
     assert kinds(after) == kinds(state)
 
 
+def test_a_clipper_inside_measures_again_what_a_link_before_it_has_changed_in_part():
+    doubled = optax.masked(optax.scale(2.0), {"a": True, "b": False})
+    tx = smartclip.skip_spikes(optax.chain(doubled, smartclip.autoclip()))
+    grads = {"a": np.float32([3.0]), "b": np.float32([8.0])}
+    _, state = tx.update(grads, tx.init(grads))
+    np.testing.assert_allclose(smartclip.metrics(state)["grad_norm"], 10.0, rtol=1e-6)
+
+
 def test_a_loss_may_be_given_in_some_steps_only():
     tx = smartclip.skip_spikes(optax.identity(), window=4, warmup_steps=2)
     update = jax.jit(tx.update)

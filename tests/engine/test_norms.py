@@ -259,6 +259,15 @@ def test_a_group_has_the_same_bits_next_to_other_groups_and_in_another_program()
     np.testing.assert_array_equal(norms_by_leaf(between, [1, 0] * 9, 2)[0], alone[0])
 
 
+def test_a_norm_in_float64_is_the_float32_that_a_history_would_hold():
+    with enable_x64(True):
+        norm = np.asarray(group_norms([jnp.asarray([0.1], jnp.float64)], Leaves((0,), 1)))
+        (large,) = group_norms([jnp.full((2, 2), 1e200, jnp.float64)], Units(((0,),)))
+    assert norm.dtype == jnp.float64
+    assert norm[0] == np.float64(np.float32(0.1))
+    np.testing.assert_allclose(large, np.full((1, 2), 2**0.5 * 1e200), rtol=1e-12)
+
+
 def test_a_history_holds_norms_of_any_size_in_float32():
     smallest, largest = 2.0**-126, 2.0**126
     norms = [1e-300, smallest, 1e-20, 1.1, 1e30, largest, 1e38, 1e300]

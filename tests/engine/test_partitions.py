@@ -13,12 +13,13 @@ ARRAYS = [
 ]
 
 
-def test_whole_leaves_are_summed_by_group():
-    partition = Leaves((1, 0, 1, 2, 0), 4)
+@pytest.mark.parametrize("group", [(1, 0, 1, 2, 0), (1, 0, 1, 3, 0), (0, 0, 0, 0, 0)])
+def test_whole_leaves_are_summed_by_group(group):
+    partition = Leaves(group, 5)
     plain, squares = jax.jit(partition.group_sums)([(array, array**2) for array in ARRAYS])
     for totals, power in ((plain, 1), (squares, 2)):
         sums = [np.sum(np.float64(array) ** power) for array in ARRAYS]
-        expected = [sums[1] + sums[4], sums[0] + sums[2], sums[3], 0.0]
+        expected = np.bincount(group, sums, minlength=5)
         np.testing.assert_allclose(totals, expected, rtol=1e-5)
 
 

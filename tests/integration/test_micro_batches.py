@@ -144,6 +144,22 @@ def test_gradients_that_jax_has_summed_are_refused(mesh):
         jax.eval_shape(update, PARAMS, np.zeros((DEVICES, 3, 4), np.float32))
 
 
+def test_a_leaf_may_have_the_same_gradient_on_all_devices(mesh):
+    tx = smartclip.clip_micro_batches(smartclip.autoclip(), axis=None, axis_name="data")
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P())
+    def update(rows):
+        grads = {"own": rows[0], "same": jnp.ones(2)}
+        return tx.update(grads, tx.init(grads), grads)[0]
+
+    mean = jax.jit(update)(np.ones((DEVICES, 3), np.float32))
+    assert_close(
+        jax.device_get(mean),
+        {"own": np.ones(3, np.float32), "same": np.ones(2, np.float32)},
+        rtol=1e-6,
+    )
+
+
 def test_leaves_may_be_split_over_another_axis():
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     clipper = smartclip.autoclip(axis_name="model")

@@ -34,7 +34,8 @@ SPECS = {"experts": P("d"), "router": P(), "both": P("d", "e")}
 
 
 @pytest.mark.parametrize("scope", ["global", "per_param"])
-def test_split_and_replicated_leaves_are_counted_once(mesh, scope):
+def test_split_and_replicated_leaves_are_counted_once(scope):
+    mesh = jax.make_mesh((4, 2), ("d", "e"), axis_types=(AxisType.Auto,) * 2)
     tx = smartclip.autoclip(scope=scope, axis_name=("d", "e"))
 
     @jax.jit

@@ -84,9 +84,12 @@ OTHER_TESTS = {
     "norms": [
         "engine/test_norms.py",
         "clippers/test_observe_norms.py",
+        "engine/test_culprits.py",
     ],
     "partitions": [
         "engine/test_partitions.py",
+        "engine/test_norms.py",
+        "clippers/test_skip_spikes.py",
         "clippers/test_clip_micro_batches.py",
         "clippers/test_agc.py",
         "test_stacked.py",
@@ -96,7 +99,11 @@ OTHER_TESTS = {
         "clippers/test_observe_norms.py",
         "clippers/test_keep_last_good.py",
     ],
-    "rule": ["engine/test_rule.py", "clippers/test_clip_micro_batches.py"],
+    "rule": [
+        "engine/test_rule.py",
+        "clippers/test_clip_micro_batches.py",
+        "integration/test_micro_batches.py",
+    ],
     "scaling": ["engine/test_scaling.py", "test_min_scale.py", "clippers/test_agc.py"],
     "singular_values": ["clippers/test_spectral_clip.py"],
     "stacks": ["test_stacked.py"],
