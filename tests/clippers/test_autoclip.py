@@ -183,7 +183,7 @@ def test_a_history_is_told_the_percentiles_that_it_has_to_answer(percentile):
 
 @of_both_modes
 def test_zeros_that_an_older_version_has_recorded_clip_nothing(outliers_only):
-    tx = smartclip.autoclip(outliers_only=outliers_only)
+    tx = smartclip.autoclip(outliers_only=outliers_only, warmup_steps=0)
     gradient = np.ones(1, np.float32)
     state = tx.init(gradient)
     history = smartclip.ring_buffer(state.rule.history.ring.shape[1])

@@ -1,5 +1,7 @@
 """The groups that held the norm and were over a threshold, ranked by hand in NumPy."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,6 +102,14 @@ def test_a_spike_is_found_at_its_step_inside_a_scan_of_runs_under_vmap():
     jax.tree.map(np.testing.assert_array_equal, culprits(records, top=2), found)
     observed = {name: records[name] for name in smartclip.NormMetrics._fields}
     np.testing.assert_array_equal(culprits(observed, top=2).by_share, found.by_share)
+
+
+def test_the_records_of_several_steps_of_a_clipper_are_judged_one_by_one():
+    thresholds = [1.0, 8.0, 20.0, 1.0]
+    steps = [of_clipper(norms, thresholds) for norms in (NORMS, [5, 0, 0, 0], [1, NAN, 2, INF])]
+    together = culprits(jax.tree.map(lambda *values: np.stack(values), *steps))
+    apart = jax.tree.map(lambda *values: np.stack(values), *map(culprits, steps))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), together, apart)
 
 
 @pytest.mark.parametrize(
