@@ -181,8 +181,8 @@ def test_a_history_is_told_the_percentiles_that_it_has_to_answer(percentile):
     assert told == asked != set()
 
 
-@of_both_modes
-def test_zeros_that_an_older_version_has_recorded_clip_nothing(outliers_only):
+@pytest.mark.parametrize(("outliers_only", "early_factor"), [(False, 1.5), (True, 3.0)])
+def test_zeros_that_an_older_version_has_recorded_clip_nothing(outliers_only, early_factor):
     tx = smartclip.autoclip(outliers_only=outliers_only, warmup_steps=0)
     gradient = np.ones(1, np.float32)
     state = tx.init(gradient)
@@ -191,8 +191,13 @@ def test_zeros_that_an_older_version_has_recorded_clip_nothing(outliers_only):
     for _ in range(12):
         zeros = history.record(zeros, jnp.zeros(1), (25.0, 50.0, 75.0))
     rule = dataclasses.replace(state.rule, history=zeros, num_recorded=jnp.int32([12]))
-    updates, _ = tx.update(gradient, dataclasses.replace(state, rule=rule))
+    state = dataclasses.replace(state, rule=rule)
+    updates, state = tx.update(gradient, state)
     np.testing.assert_array_equal(updates, gradient)
+    for _ in range(13):
+        _, state = tx.update(gradient, state)
+    # The median is 1 now, and the zeros are still in the lower quartile: it counts as in a new run.
+    assert smartclip.metrics(state)["clip_threshold"] == early_factor
 
 
 @of_both_modes
