@@ -291,9 +291,11 @@ def report(results: Iterable[dict[str, Any]]) -> bool:
         if not result["killed"]:
             survivors.append(result)
 
-    unexplained = 0
+    unexplained, alive = 0, set()
     for result in survivors:
-        reason = reasons.get((result["path"], result["before"], result["after"]))
+        key = (result["path"], result["before"], result["after"])
+        alive.add(key)
+        reason = reasons.get(key)
         unexplained += reason is None
         print(f"\n{PACKAGE}/{result['path']}:{result['line']} {result['operator']}")
         print(f"  - {result['before']}\n  + {result['after']}\n  {reason or 'NO REASON GIVEN'}")
@@ -303,7 +305,6 @@ def report(results: Iterable[dict[str, Any]]) -> bool:
     for name, num, dead in [*rows, ("all", total.total(), killed.total())]:
         print(f"| {name} | {num} | {dead} | {100 * dead / num:.1f} |")
     print(f"\n{len(survivors)} survive, {unexplained} of them without a reason.")
-    alive = {(result["path"], result["before"], result["after"]) for result in survivors}
     for path, before, after in reasons.keys() - alive:
         if path in total:
             print(f"\nNo survivor, but in survivors.toml: {path}\n  - {before}\n  + {after}")
