@@ -17,7 +17,7 @@ from optax_smartclip.checkpoints.regroup import (
     rebuild,
 )
 from optax_smartclip.engine import checks
-from optax_smartclip.engine.trees import KeyPath, PyTree, path_name
+from optax_smartclip.engine.trees import KeyPath, PyTree, path_name, prefixes
 
 Nodes = list[tuple[KeyPath, Any]]
 
@@ -124,11 +124,10 @@ class _Match:
     def leaves(self, old: Nodes, new: Nodes, fields: Collection[KeyPath]) -> dict[KeyPath, Any]:
         """Leaves that belong to no clipper; below `fields`, numbers are names."""
         identities = {path: _identity(path, fields) for path, _ in new}
-        counts = Counter(identities.values())
-        candidates: dict[Identity, Nodes] = defaultdict(list)
+        counts: Counter[Identity | None] = Counter(identities.values())
+        candidates: dict[Identity | None, Nodes] = defaultdict(list)
         for path, leaf in old:
-            possible = _possible_identities(path)
-            known = next((each for each in possible if each in counts), possible[-1])
+            known = next((each for each in _possible_identities(path) if each in counts), None)
             candidates[known].append((path, leaf))
         unused: Nodes = []
         for identity, same in candidates.items():
@@ -239,12 +238,12 @@ def _check_labels(
             "`saved_labels` and `labels` must be given together, "
             f"got {saved_labels=} and {labels=}."
         )
-    if saved_labels is None or labels is None:
-        return
     for argument, given, state, nodes in (
         ("saved_labels", saved_labels, "saved", old),
         ("labels", labels, "opt_state", new),
     ):
+        if given is None:
+            continue
         clippers = (Clipper.of(node) for _, node in _clippers(nodes))
         sizes = sorted({each.num_groups for each in clippers if each.num_groups is not None})
         if isinstance(given, str) or len(set(given)) < len(given) or len(given) not in sizes:
@@ -261,7 +260,8 @@ def _in_order(tree: PyTree) -> Nodes:
 
 
 def _natural(name: str) -> tuple[int, str]:
-    return (int(name), "") if name.isdecimal() else (-1, name)
+    """A key to sort by: a longer number is a larger one."""
+    return name.isdecimal() and len(name), name
 
 
 def _leaves(nodes: Nodes) -> Nodes:
@@ -299,10 +299,10 @@ def _fields_of_tuples(node: PyTree, path: KeyPath = ()) -> Iterator[KeyPath]:
 
 def _identity(path: KeyPath, fields: Collection[KeyPath]) -> Identity:
     """The identity of a leaf of the new state."""
-    begin = max((depth for depth in range(len(path) + 1) if path[:depth] in fields), default=None)
-    if begin is None:
+    within = [prefix for prefix in prefixes(path) if prefix in fields]
+    if not within:
         return _names(path), None
-    return _names(path[:begin]), tuple(_parts(path[begin:]))
+    return _names(within[-1]), tuple(_parts(path[len(within[-1]) :]))
 
 
 def _possible_identities(path: KeyPath) -> list[Identity]:

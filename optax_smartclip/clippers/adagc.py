@@ -23,7 +23,7 @@ from optax_smartclip.engine.groups import LeafMask, Scope
 from optax_smartclip.engine.learning import ThresholdRule
 from optax_smartclip.engine.meshes import AxisName
 from optax_smartclip.engine.norm_of import NormOf
-from optax_smartclip.engine.norms import LARGEST, Norms, safe_sqrt
+from optax_smartclip.engine.norms import LARGEST, Norms, safe_divisor, safe_sqrt
 from optax_smartclip.engine.rule import clip_by_rule
 from optax_smartclip.engine.stacks import Stacked
 from optax_smartclip.engine.states import state_dataclass
@@ -162,8 +162,7 @@ def share_of_total(norms: Norms, max_total: Any) -> Norms:
     if max_total is None:
         return jnp.full_like(norms, LARGEST)
     # In units of the largest, so that no square overflows or is lost.
-    largest = jax.lax.stop_gradient(jnp.max(norms, initial=0.0))
-    unit = jnp.where(largest > 0, largest, 1.0)
+    unit = jax.lax.stop_gradient(safe_divisor(jnp.max(norms, initial=0.0)))
     total = safe_sqrt(jnp.sum(jnp.square(norms / unit)))
     over = total * unit > as_float32(max_total)
     # In this order nothing is so small that it would be flushed to zero.

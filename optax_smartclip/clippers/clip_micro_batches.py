@@ -177,10 +177,9 @@ def clip_micro_batches(
         _check_parts(updates, params, axis)
         _check_varies(updates, names)
         norms = measure(updates, params, axis)
-        everyone, first = _over_devices(norms, names)
-        next_state, (all_scales, records) = jax.lax.scan(judge_part, state.clipper, everyone)
-        scales = jax.lax.dynamic_slice_in_dim(all_scales, first, len(norms))
-        clipped = scale(updates, params, axis, scales)
+        everyone = _of_all_devices(norms, names)
+        next_state, (scales, records) = jax.lax.scan(judge_part, state.clipper, everyone)
+        clipped = scale(updates, params, axis, _of_this_device(scales, len(norms), names))
         if reduce is not None:
             count = len(everyone) if reduce == "mean" else 1
             clipped = jax.tree.map(lambda leaf: _reduce(leaf, axis, names, count), clipped)
@@ -201,17 +200,27 @@ def _aggregator() -> Callable[..., Any]:
     return kind
 
 
-def _over_devices(
+def _of_all_devices(
     norms: Float[Array, "parts groups"], names: tuple[str, ...]
-) -> tuple[Float[Array, "all_parts groups"], Any]:
-    """The norms of the parts of all devices, and the place of this device's first one."""
+) -> Float[Array, "all_parts groups"]:
+    """The norms of the parts of all devices, in the order of the devices."""
     if not names:
-        return replicate(norms), 0
+        return replicate(norms)
     device, devices = jax.lax.axis_index(names), jax.lax.psum(1, names)
     # JAX treats the result of all_gather as different on each device. The state must be equal.
     own_row = jnp.zeros((devices, *norms.shape), norms.dtype).at[device].set(norms)
-    everyone = jax.lax.psum(own_row, names)
-    return everyone.reshape(-1, norms.shape[1]), device * len(norms)
+    everyone: Array = jax.lax.psum(own_row, names)
+    return everyone.reshape(-1, norms.shape[1])
+
+
+def _of_this_device(
+    scales: Float[Array, "all_parts groups"], num_parts: int, names: tuple[str, ...]
+) -> Float[Array, "parts groups"]:
+    """The scales of this device's own parts."""
+    if not names:
+        return scales
+    first = jax.lax.axis_index(names) * num_parts
+    return jax.lax.dynamic_slice_in_dim(scales, first, num_parts)
 
 
 def _reduce(leaf: Any, axis: int | None, names: tuple[str, ...], count: int) -> Any:

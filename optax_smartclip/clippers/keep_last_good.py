@@ -170,7 +170,7 @@ def keep_last_good(
         if params is None:
             raise ValueError("`params` must be passed to `update`, which keeps copies of them.")
         kept, now = state.kept, (params, state.inner_state)
-        _check_same_kinds(now, kept.copies[0])
+        _check_same_kinds(now, kept.copies)
         is_due = has_reached(_steps_since_copy(kept.ages), every) & ~_was_bad(state.inner_state)
         takes = jax.lax.cond(
             is_due, lambda: _is_finite((params, updates), axis_name), lambda: is_due
@@ -184,7 +184,7 @@ def keep_last_good(
         inner_updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
 
         ages = jnp.where(takes_slot, 0, kept.ages)
-        ages = increment_where((ages >= 0) & ~_was_dropped(inner_state), ages)
+        ages = increment_where(_is_taken(ages) & ~_was_dropped(inner_state), ages)
         last = kept.last._replace(copy_age=jnp.max(ages))
         next_state = LastGoodState(
             inner_state=inner_state, kept=KeptState(copies=tuple(copies), ages=ages, last=last)
@@ -248,9 +248,9 @@ def restore_last_good(
     checks.check_number("rate_factor", rate_factor, 0.0, 1.0, allowed="in (0, 1]", strict_low=True)
     check_is_state(opt_state, LastGoodState)
     kept, now = opt_state.kept, (params, opt_state.inner_state)
-    _check_same_kinds(now, kept.copies[0])
+    _check_same_kinds(now, kept.copies)
     older = jnp.argmax(kept.ages)
-    returns = _check_condition(when) & (jnp.max(kept.ages) >= 0)
+    returns = _check_condition(when) & jnp.any(_is_taken(kept.ages))
 
     def leaves_of(tree: PyTree) -> list[Array]:
         return [_move(leaf, None) for leaf in jax.tree.leaves(tree)]
@@ -298,18 +298,23 @@ def _any(flags: list[Array]) -> Bool[Array, ""]:
 def _is_finite(tree: PyTree, axis_name: AxisName) -> Bool[Array, ""]:
     arrays = list(clippable_leaves(tree, lambda _: True).values())
     # Without scaled sums: nothing good has a norm that needs them.
-    norm = norms_in_range(arrays, one_group(len(arrays)), axis_name=axis_name)[0]
+    (norm,) = norms_in_range(arrays, one_group(len(arrays)), axis_name=axis_name)
     return jnp.isfinite(norm)
+
+
+def _is_taken(ages: Int32[Array, " 2"]) -> Bool[Array, " 2"]:
+    """Which of the copies are there."""
+    return ages >= 0
 
 
 def _steps_since_copy(ages: Int32[Array, " 2"]) -> Int32[Array, ""]:
     """The age of the newer copy; the largest number if there is none."""
-    return jnp.min(jnp.where(ages >= 0, ages, jnp.iinfo(jnp.int32).max))
+    return jnp.min(jnp.where(_is_taken(ages), ages, jnp.iinfo(jnp.int32).max))
 
 
 def _next_slot(ages: Int32[Array, " 2"]) -> Int32[Array, ""]:
     """Where the next copy goes: where there is none, or in place of the older one."""
-    return jnp.where(jnp.all(ages >= 0), jnp.argmax(ages), jnp.argmin(ages))
+    return jnp.where(jnp.all(_is_taken(ages)), jnp.argmax(ages), jnp.argmin(ages))
 
 
 def _copy_where(
@@ -358,7 +363,8 @@ def _move(leaf: Any, memory_kind: str | None) -> Array:
 
 
 def _check_has_memory(memory_kind: str | None) -> None:
-    kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
+    devices = jax.local_devices()
+    kinds = {memory.kind for device in devices for memory in device.addressable_memories()}
     if memory_kind is not None and not (memory_kind in kinds and hasattr(jax, "memory")):
         raise ValueError(
             f"`memory_kind` must be None where the backend and JAX have only {sorted(kinds)}, got "
@@ -375,12 +381,12 @@ def _check_condition(when: Any) -> Bool[Array, ""]:
     return jnp.asarray(when)
 
 
-def _check_same_kinds(now: PyTree, copy: PyTree) -> None:
-    given, expected = (
+def _check_same_kinds(now: PyTree, copies: tuple[PyTree, ...]) -> None:
+    given, *expected = (
         [(jnp.shape(leaf), str(jnp.result_type(leaf))) for leaf in jax.tree.leaves(tree)]
-        for tree in (now, copy)
+        for tree in (now, *copies)
     )
-    if given != expected:
+    if any(kinds != given for kinds in expected):
         raise ValueError(
             "`params` must have the shapes and dtypes of those that `init` was called with, "
             f"got {given[: len(jax.tree.leaves(now[0]))]}."

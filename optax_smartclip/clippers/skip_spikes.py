@@ -277,7 +277,7 @@ def skip_spikes(
         takes_part = assign_groups("global", tree, mask=mask).takes_part
         if grad_norm is None:
             arrays = list(clippable_leaves(updates, takes_part).values())
-            norm = group_norms(arrays, one_group(len(arrays)), axis_name=axis_name)[0]
+            (norm,) = group_norms(arrays, one_group(len(arrays)), axis_name=axis_name)
         else:
             norm = checks.check_scalar("grad_norm", grad_norm)
             extra_args["grad_norm"] = grad_norm
@@ -289,11 +289,12 @@ def skip_spikes(
 
         detector = state.detector
         seen = jnp.stack([reported(norm), reported(loss)])
-        given = jnp.stack([seen[0] != 0, jnp.asarray(value is not None)])
+        given = jnp.stack([reported(norm) != 0, jnp.asarray(value is not None)])
         finite = given & jnp.stack([jnp.isfinite(norm), jnp.isfinite(loss)])
         check_rule_fields(detector.history, rule_fields)
         learned = learn(detect, detector.history, detector.num_observed, seen, finite)
         thresholds = after_warmup(learned.thresholds, detector.num_observed, warmup_steps)
+        norm_threshold, value_threshold = reported_threshold(thresholds)
 
         invalid = jnp.any(given & ~finite)
         spike = jnp.any(finite & (seen > thresholds))
@@ -314,10 +315,10 @@ def skip_spikes(
             num_observed=learned.num_observed,
             num_in_a_row=jnp.where(judged, in_a_row, detector.num_in_a_row),
             last=SkipMetrics(
-                skip_norm=seen[0],
-                skip_norm_threshold=reported_threshold(thresholds[0]),
-                skip_value=seen[1],
-                skip_value_threshold=reported_threshold(thresholds[1]),
+                skip_norm=reported(norm),
+                skip_norm_threshold=norm_threshold,
+                skip_value=reported(loss),
+                skip_value_threshold=value_threshold,
                 skipped=skip,
                 num_skipped=increment_where(skip, detector.last.num_skipped),
             ),

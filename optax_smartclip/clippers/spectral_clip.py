@@ -28,6 +28,7 @@ from optax_smartclip.engine.metrics import increment_where, next_metrics
 from optax_smartclip.engine.norms import LARGEST, accumulator, has_gradient, learnable, safe_sqrt
 from optax_smartclip.engine.scaling import limit_threshold
 from optax_smartclip.engine.singular_values import (
+    REACH,
     bound_largest,
     first_vector,
     multiply,
@@ -47,8 +48,7 @@ from optax_smartclip.engine.trees import PyTree, clippable_leaves, flatten, repl
 from optax_smartclip.histories.history import HistoryState
 from optax_smartclip.histories.ring_buffer import MAX_SIZE, ring_buffer
 
-# With more of them, the error of rounding in float32 is over 1e-3.
-_MAX_ITERATIONS = 12
+_MEDIAN = 50.0
 
 
 @state_dataclass
@@ -142,7 +142,7 @@ def spectral_clip(
     checks.check_positive("limit", limit, none="to learn it")
     checks.check_size("window", window, MAX_SIZE)
     checks.check_size(
-        "num_iterations", num_iterations, _MAX_ITERATIONS, low=6, why="it sets the program"
+        "num_iterations", num_iterations, max(REACH), low=min(REACH), why="it sets the program"
     )
     checks.check_clip_options(warmup_steps, None, nonfinite)
     check_stacked(stacked, "per_param")
@@ -165,7 +165,7 @@ def spectral_clip(
     def limits_of(state: ClipState, dtype: Any) -> Float[Array, " groups"]:
         if limit is not None:
             return jnp.full(state.num_observed.shape, limit, dtype)
-        median = history.percentile(state.rule.history, 50.0)
+        median = history.percentile(state.rule.history, _MEDIAN)
         learned = jnp.where(median < LARGEST, as_float32(factor) * median, LARGEST)
         return limit_threshold(learned, state.num_observed, warmup_steps, None, dtype)
 
@@ -199,7 +199,7 @@ def spectral_clip(
         norms = replicate(norms)
         live = has_gradient(norms)
         shown = jnp.where(live, learnable(norms), 0.0)
-        recorded = history.record(state.rule.history, shown, (50.0,))
+        recorded = history.record(state.rule.history, shown, (_MEDIAN,))
         learned = SpectralState(vectors=replicate(vectors), history=recorded)
         next_state = ClipState(
             rule=select_groups(live, learned, state.rule),
@@ -215,10 +215,12 @@ def soft_scale(
     norms: Float[Array, " groups"], limits: Float[Array, " groups"]
 ) -> Float[Array, " groups"]:
     """The factors of the largest singular values: 1 where there is no limit."""
-    smallest = jnp.finfo(limits.dtype).tiny
-    excess = jnp.where(jnp.isfinite(norms), norms, 0.0) / jnp.maximum(limits, smallest)
-    # Without a ceiling, the compiler squares norm and limit each for itself, and overflows.
-    return jax.lax.rsqrt(1 + jnp.square(jnp.minimum(excess, 2.0**62)))
+    limits = jnp.maximum(limits, jnp.finfo(limits.dtype).tiny)
+    norms = jnp.where(jnp.isfinite(norms), norms, 0.0)
+    # In units of the larger, so that no square overflows.
+    unit = jnp.maximum(limits, norms)
+    limits, norms = limits / unit, norms / unit
+    return limits * jax.lax.rsqrt(jnp.square(limits) + jnp.square(norms))
 
 
 # Compiled, or eager steps would trace it every time, and once for all leaves of a shape.

@@ -27,7 +27,7 @@ from optax_smartclip.engine.groups import LeafMask, Scope
 from optax_smartclip.engine.learning import ThresholdRule
 from optax_smartclip.engine.meshes import AxisName
 from optax_smartclip.engine.norm_of import NormOf
-from optax_smartclip.engine.norms import LARGEST, Norms
+from optax_smartclip.engine.norms import LARGEST, Norms, safe_hypot
 from optax_smartclip.engine.rule import clip_by_rule
 from optax_smartclip.engine.scaling import ratio
 from optax_smartclip.engine.stacks import Stacked
@@ -39,7 +39,6 @@ from optax_smartclip.histories.moments import (
     init_moments,
     is_warm,
     new_weight,
-    safe_hypot,
     update_moments,
 )
 

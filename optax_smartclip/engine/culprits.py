@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Int32
 
 from optax_smartclip.engine.dtypes import as_float32
-from optax_smartclip.engine.norms import LARGEST, LARGEST_NORM, shares
+from optax_smartclip.engine.norms import LARGEST, LARGEST_NORM, safe_divisor, shares
 
 
 class Culprits(NamedTuple):
@@ -51,7 +51,7 @@ class Culprits(NamedTuple):
                 f"{found.share.shape}. With jax.tree.map(lambda x: x[step], culprits), pick one."
             )
         numbers = [*found.by_share, *found.by_excess]
-        if isinstance(labels, str) or len(labels) <= max(numbers, default=-1):
+        if isinstance(labels, str) or any(number >= len(labels) for number in numbers):
             raise ValueError(f"`labels` must have one entry for each group, got {labels!r}.")
         parts = {
             group: [f"{100 * share:.3g} % of the squared norm"]
@@ -133,8 +133,7 @@ def _excess(
     norms: Float32[Array, "*steps groups"], thresholds: Float32[Array, "*steps #groups"]
 ) -> Float32[Array, "*steps groups"]:
     """Norms in units of their thresholds."""
-    positive = thresholds > 0
-    ratios = jnp.where(positive, norms, LARGEST_NORM) / jnp.where(positive, thresholds, 1.0)
+    ratios = jnp.where(thresholds > 0, norms, LARGEST_NORM) / safe_divisor(thresholds)
     over = jnp.where(norms > 0, jnp.minimum(ratios, LARGEST_NORM), 0.0)
     return jnp.where(norms < LARGEST, jnp.where(thresholds < LARGEST, over, 0.0), LARGEST)
 

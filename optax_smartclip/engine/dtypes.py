@@ -19,4 +19,4 @@ def as_float32(value: Any) -> Float32[Array, "..."]:
 def working_dtype(dtype: Any) -> Any:
     """Where values of `dtype` are computed: float32 for narrower types, else the type itself."""
     # By size, because promote_types knows no result for the 8-bit types.
-    return dtype if jnp.dtype(dtype).itemsize > 4 else jnp.dtype(jnp.float32)
+    return max(jnp.dtype(jnp.float32), jnp.dtype(dtype), key=lambda each: each.itemsize)

@@ -24,7 +24,7 @@ import numpy as np
 from optax_smartclip.engine import checks
 from optax_smartclip.engine.partitions import WHOLE, Leaves, Stack
 from optax_smartclip.engine.stacks import Stacked, check_stacked, find_stacks, slice_shapes
-from optax_smartclip.engine.trees import KeyPath, PyTree, flatten, is_path, path_name
+from optax_smartclip.engine.trees import KeyPath, PyTree, flatten, is_path, path_name, prefixes
 
 Scope = str | Callable[[KeyPath], Hashable] | PyTree
 
@@ -185,15 +185,13 @@ def broadcast_prefix(
     """
     covered = {}
     for path in paths:
-        for depth in range(len(path) + 1):
-            if path[:depth] in prefix:
-                covered[path] = prefix[path[:depth]]
-                break
-        else:
+        known = next((parent for parent in prefixes(path) if parent in prefix), None)
+        if known is None:
             raise ValueError(
                 f"`{name}` must be a tree with the structure of the parameters, or a prefix of "
                 f"it, but it has nothing for {path_name(path)!r}."
             )
+        covered[path] = prefix[known]
     return covered
 
 

@@ -35,7 +35,7 @@ Mask = Bool[Array, " groups"]
 # Inf - Inf is NaN, and because debuggers search states for Inf and NaN.
 LARGEST = float(jnp.finfo(jnp.float32).max)
 # The largest norm in a record.
-LARGEST_NORM = float(np.nextafter(np.float32(LARGEST), np.float32(0)))
+LARGEST_NORM = float(np.nextafter(np.float32(LARGEST), np.float32(-np.inf)))
 
 # A history holds norms in float64 between these as they are, and others as the nearer bound. A few
 # times the larger bound is still a float32, so that means and spreads are finite.
@@ -257,9 +257,9 @@ def shares(norms: Float[Array, "*steps groups"]) -> Float32[Array, "*steps group
     # In units of the largest, so that no square overflows and the sum is not lost. Shares do not
     # depend on the unit, whose derivative would overflow.
     largest = jax.lax.stop_gradient(jnp.max(culprits, axis=-1, keepdims=True, initial=0.0))
-    squares = jnp.square(culprits / jnp.where(largest > 0, largest, 1.0))
+    squares = jnp.square(culprits / safe_divisor(largest))
     total = jnp.sum(squares, axis=-1, keepdims=True)
-    return as_float32(squares / jnp.where(total > 0, total, 1.0))
+    return as_float32(squares / safe_divisor(total))
 
 
 def _rounded(norms: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -300,3 +300,19 @@ def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Square root whose derivative at 0 is 0 and not infinite."""
     zero = x == 0
     return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, x)))
+
+
+def safe_divisor(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The positive numbers of `x`, and 1 in place of the others."""
+    return jnp.where(x > 0, x, 1.0)
+
+
+def safe_hypot(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`sqrt(x ** 2 + y ** 2)`, in which no square overflows, with a derivative of 0 at 0.
+
+    The derivative of `jnp.hypot` is NaN at 0 since JAX 0.12, and NaN for small numbers, whose
+    squares underflow.
+    """
+    # The result does not depend on the unit, so no derivative passes through it.
+    unit = jax.lax.stop_gradient(safe_divisor(jnp.maximum(jnp.abs(x), jnp.abs(y))))
+    return unit * safe_sqrt(jnp.square(x / unit) + jnp.square(y / unit))

@@ -155,7 +155,7 @@ class Leaves(Partition):
 
         `by_part` has their values by part and group.
         """
-        parts = shapes[0][axis] if shapes else 1
+        parts = num_parts(shapes, axis)
         pairs = zip(self.stacks, shapes, strict=True)
         stacks = tuple(stack.within_parts(shape, axis) for stack, shape in pairs)
         return Leaves(tuple(parts * first for first in self.group), parts * self.num_groups, stacks)
@@ -177,6 +177,11 @@ class Leaves(Partition):
             stack.expand(of_run[first])
             for first, stack in zip(self.group, self.stacks, strict=True)
         ]
+
+
+def num_parts(shapes: list[tuple[int, ...]], axis: int) -> int:
+    """How many parts arrays of these shapes hold along an axis."""
+    return shapes[0][axis] if shapes else 1
 
 
 def one_group(num_arrays: int) -> Leaves:

@@ -20,7 +20,7 @@ from optax_smartclip.engine.meshes import AxisName, vary_as, vary_as_before
 from optax_smartclip.engine.metrics import next_metrics
 from optax_smartclip.engine.norm_of import NormOf, check_norm_of, measured_arrays
 from optax_smartclip.engine.norms import group_norms, has_gradient, learnable
-from optax_smartclip.engine.partitions import Leaves
+from optax_smartclip.engine.partitions import Leaves, num_parts
 from optax_smartclip.engine.scaling import keep_share, limit_threshold, scale_arrays, signed_scale
 from optax_smartclip.engine.stacks import Stacked, check_stacked
 from optax_smartclip.engine.states import (
@@ -239,8 +239,8 @@ def clip_by_rule(
             return gradient, gradient.partition.by_part(1)
         leaves, of_one = read(updates, one_part(updates, axis) if params is None else params)
         shapes = [leaf.shape for leaf in leaves.values()]
-        parts = shapes[0][axis] if shapes else 1
-        return _Gradient(leaves, of_one.within_parts(shapes, axis)), of_one.by_part(parts)
+        of_parts = of_one.within_parts(shapes, axis)
+        return _Gradient(leaves, of_parts), of_one.by_part(num_parts(shapes, axis))
 
     clipper = ClipperTransformation(init_fn, update_fn)
     clipper.steps = ClipSteps(measure_parts, judge, scale_parts)

@@ -9,7 +9,6 @@ Jiang, Semenov, Stich, `SPECTRA <https://arxiv.org/abs/2603.14315>`_, 2026. Chen
 scaling of Newton-Schulz for improving the sign function computation of a Hermitian matrix*, 2014.
 """
 
-import functools
 import math
 
 import jax
@@ -17,15 +16,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from optax_smartclip.engine.meshes import vary_as
-from optax_smartclip.engine.norms import safe_sqrt
+from optax_smartclip.engine.norms import safe_divisor, safe_sqrt
 
 Matrix = Float[Array, "rows columns"]
 Square = Float[Array, "rows rows"]
 Vector = Float[Array, " rows"]
 Scalar = Float[Array, ""]
 
-# The iterations stop when the root of the smallest eigenvalue has reached this, in place of 1.
-_CONVERGED = 1 - 1e-6
+# How many limits the largest singular value may be, by the number of iterations, for a cut that is
+# exact to 1e-6. With more of them, the error of rounding in float32 is over 1e-3.
+REACH = {6: 18.3, 7: 47.2, 8: 122.1, 9: 316.8, 10: 822.8, 11: 2137.0, 12: 5550.0}
 # So that rounding leaves no eigenvalue above the bound of all of them.
 _MARGIN = 1 + 2.0**-12
 # A limit that is further above all singular values changes none of them in float32.
@@ -55,7 +55,7 @@ def first_vector(gram: Square, vector: Vector) -> tuple[Vector, Scalar]:
     row = gram[jnp.argmax(jnp.diagonal(gram))]
     starts = jnp.stack([multiply(gram, vector), row])
     sizes = safe_sqrt(jnp.sum(jnp.square(starts), axis=1, keepdims=True))
-    vectors = starts / jnp.where(sizes > 0, sizes, 1.0)
+    vectors = starts / safe_divisor(sizes)
     quotients = jnp.sum(vectors * multiply(vectors, gram), axis=1)
     ahead = jnp.argmax(quotients)
     return vectors[ahead], quotients[ahead]
@@ -68,12 +68,12 @@ def bound_largest(gram: Square) -> Scalar:
     """
     squares = jnp.sum(jnp.square(gram)), jnp.square(jnp.max(jnp.sum(jnp.abs(gram), axis=1)))
     bound = jnp.sqrt(jnp.sqrt(jnp.minimum(*squares))) * _MARGIN
-    return jax.lax.stop_gradient(jnp.where(bound > 0, bound, 1.0))
+    return jax.lax.stop_gradient(safe_divisor(bound))
 
 
 def within_reach(limit: Scalar, bound: Scalar, num_iterations: int) -> Scalar:
     """The limit nearest to a given one for which `soft_cut` is exact."""
-    return jnp.clip(limit, bound / reach(num_iterations), bound * _WITHOUT_EFFECT)
+    return jnp.clip(limit, bound / REACH[num_iterations], bound * _WITHOUT_EFFECT)
 
 
 def soft_cut(
@@ -90,9 +90,9 @@ def soft_cut(
         gram: `matrix @ matrix.T`.
         bound: From `bound_largest`.
         limit: From `within_reach`.
-        num_iterations: At least 2.
+        num_iterations: Of those in `REACH`.
     """
-    scales = _scalings(1 / reach(num_iterations), num_iterations)[0]
+    scales = _scalings(1 / REACH[num_iterations], num_iterations)
     unit = jnp.sqrt(jnp.square(bound) + jnp.square(limit))
     diagonal = limit / unit
     identity = jnp.eye(len(gram), dtype=gram.dtype)
@@ -105,29 +105,18 @@ def soft_cut(
     return limit * multiply(_inverse_root(of_both, scales[middle:]), halfway)
 
 
-@functools.cache
-def reach(num_iterations: int) -> float:
-    """How many limits the largest singular value may be, for a cut exact to 1e-6."""
-    exponents = 0.0, 32.0
-    while exponents[1] - exponents[0] > 1e-3:
-        middle = sum(exponents) / 2
-        converged = _scalings(2.0**-middle, num_iterations)[1] >= _CONVERGED
-        exponents = (middle, exponents[1]) if converged else (exponents[0], middle)
-    return float(2.0 ** exponents[0])
-
-
-def _scalings(smallest: float, num_iterations: int) -> tuple[list[float], float]:
+def _scalings(smallest: float, num_iterations: int) -> list[float]:
     """Factors before each iteration, for roots of eigenvalues from `smallest` to 1.
 
-    The last number is what they have become: in an iteration, `x` becomes
-    `(3 x - x ** 3) / 2`, and the factor is that which maps both ends to the same number.
+    In an iteration, `x` becomes `(3 x - x ** 3) / 2`. The factor is that which maps both ends to
+    the same number.
     """
     factors = []
     for _ in range(num_iterations):
         factors.append(math.sqrt(3 / (1 + smallest + smallest**2)))
         scaled = factors[-1] * smallest
         smallest = (3 * scaled - scaled**3) / 2
-    return factors, smallest
+    return factors
 
 
 def _inverse_root(matrix: Square, factors: list[float]) -> Square:

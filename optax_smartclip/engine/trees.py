@@ -74,6 +74,11 @@ def path_name(path: KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def prefixes(path: KeyPath) -> list[KeyPath]:
+    """The paths of the nodes on the way to a leaf: the root first, and the leaf last."""
+    return [path[:depth] for depth in range(len(path) + 1)]
+
+
 def leaves_by_name(tree: PyTree) -> dict[str, Any]:
     """The leaves of `tree` by the name of their path."""
     return {path_name(path): leaf for path, leaf in flatten(tree).items()}

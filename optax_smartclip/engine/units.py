@@ -138,7 +138,7 @@ def report_units(
     """
     del norms, limits
     if not scales:
-        scales = [jnp.ones(0)]
+        scales = [jnp.empty(0)]
     # Two reductions of each leaf's units, which may be sharded along several axes, and one of the
     # scalars that come out. A single one over all units would have to gather them.
     smallest = jnp.min(jnp.stack([jnp.min(scale, initial=NO_GRADIENT) for scale in scales]))[None]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
 
 from optax_smartclip.engine.dtypes import as_float32, is_inexact
-from optax_smartclip.engine.norms import Norms
+from optax_smartclip.engine.norms import Norms, safe_hypot
 from optax_smartclip.engine.scaling import has_reached
 from optax_smartclip.engine.states import state_dataclass
 
@@ -73,20 +73,6 @@ def update_moments(mean: Norms, std: Norms, value: Norms, weight: Norms) -> tupl
     delta = value - mean
     spread = safe_hypot(std, jnp.sqrt(weight) * delta)
     return mean + weight * delta, jnp.sqrt(1.0 - weight) * spread
-
-
-def safe_hypot(x: Norms, y: Norms) -> Norms:
-    """`sqrt(x ** 2 + y ** 2)`, in which no square overflows, with a derivative of 0 at 0.
-
-    The derivative of `jnp.hypot` is NaN at 0 since JAX 0.12, and NaN for small numbers, whose
-    squares underflow.
-    """
-    zero = (x == 0) & (y == 0)
-    larger = jnp.where(zero, 1.0, jnp.maximum(jnp.abs(x), jnp.abs(y)))
-    # The result does not depend on the scale, so its derivative need not either.
-    larger = jax.lax.stop_gradient(larger)
-    squares = jnp.where(zero, 1.0, jnp.square(x / larger) + jnp.square(y / larger))
-    return jnp.where(zero, 0.0, larger * jnp.sqrt(squares))
 
 
 def above_mean(state: MomentsState, z: Any) -> Norms:

@@ -118,7 +118,8 @@ def _pick(
     norms: Float32[Array, "groups size"], place: Int32[Array, " groups"]
 ) -> Float32[Array, " groups"]:
     """The norm at one place of each group."""
-    return jnp.take_along_axis(norms, place[:, None], axis=1, mode="promise_in_bounds")[:, 0]
+    picked = jnp.take_along_axis(norms, place[:, None], axis=1, mode="promise_in_bounds")
+    return jnp.squeeze(picked, axis=1)
 
 
 def _replace(

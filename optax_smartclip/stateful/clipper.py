@@ -33,6 +33,7 @@ from optax_smartclip.engine.trees import (
     PyTree,
     flatten,
     path_name,
+    prefixes,
     replace_leaves,
     unbox,
 )
@@ -331,7 +332,7 @@ def _check_same_model(now: Shapes, first: Shapes) -> None:
     """Raises ValueError with the first leaf that differs; None fits anything."""
 
     def describe(shapes: Shapes, path: KeyPath) -> str | None:
-        if any(shapes.get(path[:depth], ()) is None for depth in range(len(path) + 1)):
+        if any(shapes.get(parent, ()) is None for parent in prefixes(path)):
             return None
         return f"the shape {shapes[path]}" if path in shapes else "no such leaf"
 

@@ -19,7 +19,7 @@ from trees import assert_same_bits, random_tree
 
 import optax_smartclip as smartclip
 from optax_smartclip.clippers.spectral_clip import soft_scale
-from optax_smartclip.engine.singular_values import reach
+from optax_smartclip.engine.singular_values import REACH, bound_largest
 
 SHAPES = {"bias": (3,), "tall": (5, 3), "wide": (3, 6)}
 PARAMS = random_tree(0, 1.0, SHAPES)
@@ -139,10 +139,28 @@ def test_a_matrix_of_any_shape_is_cut_as_it_lies(shape):
 @pytest.mark.parametrize("num_iterations", [6, 12])
 def test_the_cut_is_exact_up_to_the_reach(num_iterations):
     matrix = with_spikes(1e6)
-    for excess in (0.1, 1.0, 0.99 * reach(num_iterations)):
+    for excess in (0.1, 1.0, 0.99 * REACH[num_iterations]):
         limit = largest(matrix) / excess / (1.03 if excess > 1 else 1)
         found, _ = cut(matrix, np.float32(limit), num_iterations)
         assert largest(found - cut_in_float64(matrix, limit)) < 5e-4 * limit
+
+
+@pytest.mark.parametrize("num_iterations", REACH)
+def test_at_the_reach_singular_values_of_any_size_are_exact(num_iterations):
+    """In float64, where rounding does not hide an error."""
+    limit = 1.001 / REACH[num_iterations]
+    sizes = np.array([1.0, 1.0, 0.1, 1e-3]) * [1, limit, limit, limit]
+    with jax.enable_x64(True):
+        found = np.diagonal(cut(np.diag(sizes), limit, num_iterations)[0])
+    np.testing.assert_allclose(found, sizes / np.hypot(1, sizes / limit), rtol=1.1e-6)
+
+
+def test_the_bound_of_the_singular_values_allows_for_rounding():
+    """Without it, the bound of a matrix of rank 1 would be its singular value."""
+    sides = np.float32(np.random.default_rng(0).normal(size=(2, 100, 8)))
+    matrices = sides[0, :, :, None] * sides[1, :, None, :]
+    bounds = np.asarray(jax.vmap(bound_largest)(matrices @ matrices.transpose(0, 2, 1)))
+    assert (bounds >= [largest(matrix) for matrix in matrices]).all()
 
 
 def test_the_reported_scale_is_right_when_the_compiler_knows_a_large_or_small_limit():
@@ -152,7 +170,7 @@ def test_the_reported_scale_is_right_when_the_compiler_knows_a_large_or_small_li
 
 
 def test_the_reach_is_as_quoted():
-    found = [reach(number) for number in (6, 10, 12)]
+    found = [REACH[number] for number in (6, 10, 12)]
     np.testing.assert_allclose(found, [18, 820, 5500], rtol=0.03)
 
 
@@ -160,8 +178,8 @@ def test_beyond_the_reach_small_singular_values_shrink_with_the_largest():
     matrix, limit = with_spikes(100.0), 0.3
     found = np.linalg.svd(cut(matrix, np.float32(limit), 6)[0], compute_uv=False)
     sizes = np.linalg.svd(matrix, compute_uv=False)
-    assert sizes[0] / limit > 10 * reach(6)
-    shrunk = sizes * reach(6) * limit / sizes[0]
+    assert sizes[0] / limit > 10 * REACH[6]
+    shrunk = sizes * REACH[6] * limit / sizes[0]
     np.testing.assert_allclose(found, shrunk / np.hypot(1, shrunk / limit), rtol=0.05)
 
 
@@ -383,4 +401,6 @@ def test_states_of_other_parameters_are_refused():
     with pytest.raises(ValueError, match="must have 'num_observed' of shape"):
         tx.update(PARAMS, state)
     with pytest.raises(ValueError, match="must have the fields"):
-        tx.update({"w": np.ones((3, 4), np.float32)}, smartclip.zclip().init({"w": np.ones(3)}))
+        tx.update(
+            {"w": np.ones((3, 4), np.float32)}, smartclip.zscore_clip().init({"w": np.ones(3)})
+        )

@@ -1,5 +1,7 @@
 """Group norms against float64 NumPy, for every dtype, and where squares over- or underflow."""
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,13 @@ import reference
 from compat import enable_x64
 
 from optax_smartclip.engine.dtypes import is_inexact, working_dtype
-from optax_smartclip.engine.norms import group_norms, has_gradient, learnable, norms_in_range
+from optax_smartclip.engine.norms import (
+    group_norms,
+    has_gradient,
+    learnable,
+    norms_in_range,
+    safe_hypot,
+)
 from optax_smartclip.engine.partitions import Leaves, Units
 
 RANDOM = np.random.default_rng(0)
@@ -306,3 +314,33 @@ def test_mapped_axes_may_be_named_by_a_string_a_list_or_a_tuple(axis_name):
         return group_norms([array], Leaves((0,), 1), axis_name=axis_name)[0]
 
     np.testing.assert_allclose(jax.vmap(norm, axis_name="batch")(arrays), [5.0, 5.0], rtol=1e-6)
+
+
+SIDES = st.floats(0, float(np.finfo(np.float32).max) / 2, width=32)
+
+
+@hypothesis.given(SIDES, SIDES)
+@hypothesis.example(0.0, 0.0)
+@hypothesis.example(1e30, 1e30)
+@hypothesis.example(1e-30, 1e-30)
+def test_the_root_of_the_sum_of_squares_has_no_square_that_overflows_or_is_lost(x, y):
+    exact = np.hypot(np.float64(x), np.float64(y))
+    tiny = float(np.finfo(np.float32).tiny)
+    found = jax.jit(safe_hypot)(jnp.float32([x]), jnp.float32([-y]))
+    np.testing.assert_allclose(found, [exact], 1e-6, tiny)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "expected"),
+    [
+        (0, 0, (0, 0)),
+        (3, -4, (0.6, -0.8)),
+        (5, 0, (1, 0)),
+        (3e-30, -4e-30, (0.6, -0.8)),
+        (3e-25, 4e30, (0, 1)),
+        (3e38, 4e-38, (1, 0)),
+    ],
+)
+def test_the_root_of_the_sum_of_squares_has_a_derivative_everywhere(x, y, expected):
+    slopes = jax.grad(lambda x, y: safe_hypot(x, y)[0], (0, 1))(jnp.float32([x]), jnp.float32([y]))
+    np.testing.assert_allclose(jnp.concatenate(slopes), expected, rtol=1e-6)
