@@ -16,6 +16,7 @@ import reference
 from breadth import long_but, one_of_each_kind
 from clipper_table import CLIPPERS, KINDS, WEIGHT_BASED, scope_of
 from compat import enable_x64
+from lowered import conditionals, lowered_for, operations
 from trees import assert_same_bits
 
 import optax_smartclip as smartclip
@@ -795,3 +796,13 @@ def test_a_function_as_scope_is_a_static_argument_of_inject_hyperparams(factory)
     updates, state = jax.jit(tx.update)(params, tx.init(params), params)
     np.testing.assert_allclose(optax.tree.get(state, "grad_norm"), [2, 2**0.5], rtol=1e-6)
     np.testing.assert_allclose([reference.norm(updates[key]) for key in ("a1", "b")], [0.5**0.5, 1])
+
+
+@every_clipper
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_a_program_of_an_accelerator_has_neither_loops_nor_conditionals(name, platform):
+    """A GPU may wait for the host at each."""
+    tx = CLIPPERS[name]()
+    program = lowered_for(platform, tx.update, PARAMS, tx.init(PARAMS), PARAMS)
+    assert not list(conditionals(program))
+    assert not list(operations(program, "stablehlo.while"))

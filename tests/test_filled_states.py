@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from clipper_table import CLIPPERS
 from jax.tree_util import tree_leaves_with_path
@@ -80,3 +81,15 @@ def test_a_count_has_no_effect_while_the_history_is_empty(name):
     expected, alone = new_run(name)
     np.testing.assert_array_equal(scales, alone)
     assert_same_bits(end.rule, expected.rule)
+
+
+@pytest.mark.parametrize("name", CLIPPERS)
+def test_a_new_run_has_counted_nothing(name):
+    state = smartclip.skip_spikes(optax.chain(CLIPPERS[name]())).init(PARAMS)
+    counts = {
+        jax.tree_util.keystr(path[-1:], simple=True): leaf
+        for path, leaf in tree_leaves_with_path(state)
+        if jnp.issubdtype(leaf.dtype, jnp.integer)
+    }
+    assert {"num_observed", "num_in_a_row"} <= counts.keys()
+    assert not any(np.any(count) for count in counts.values()), counts

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import trees
 from breadth import each_value
+from clipper_table import CLIPPERS, FUNCTIONS, default_scope
 from steps import run
 
 import optax_smartclip as smartclip
@@ -112,18 +113,6 @@ def by_expert(path):
     return ("experts" if "experts" in names else names[0], *numbers)
 
 
-CLIPPERS = {
-    "autoclip": partial(smartclip.autoclip, history=smartclip.ring_buffer(8)),
-    "autoclip_p50": partial(smartclip.autoclip, 50.0),
-    "autoclip_quantile": partial(
-        smartclip.autoclip, 90.0, history=smartclip.geometric_quantile(0.1)
-    ),
-    "autoclip_histogram": partial(smartclip.autoclip, 50.0, history=smartclip.log_histogram(0.1)),
-    "zscore_clip": partial(smartclip.zscore_clip, 1.0),
-    "zclip": partial(smartclip.zclip, 1.0, warmup_steps=4, max_norm=None),
-    "adagc": partial(smartclip.adagc, warmup_steps=4),
-    "agc": partial(smartclip.agc, 0.3),
-}
 SCOPES = {"per_param": "per_param", "per_layer": "per_layer", "labels": by_expert}
 
 
@@ -221,8 +210,7 @@ def test_the_program_does_not_grow_with_the_number_of_layers(name):
     "factory",
     [
         partial(smartclip.clip_by_rule, adagc_rule(1.04, 0.99, None, None, 0)),
-        smartclip.autoclip,
-        smartclip.zclip,
+        *(make for make in FUNCTIONS.values() if default_scope(make) == "global"),
         partial(smartclip.group_labels, "global", {}),
     ],
 )

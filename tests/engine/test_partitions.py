@@ -58,14 +58,3 @@ def test_each_array_gets_the_values_of_its_units():
 def test_equal_partitions_have_equal_hashes_so_that_a_compiled_function_is_reused():
     assert len({Leaves((0, 1), 2), Leaves((0, 1), 2), Leaves((1, 0), 2)}) == 2
     assert len({Units(((0,), None)), Units(((0,), None)), Units((None, (0,)))}) == 2
-
-
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_only_on_a_cpu_values_are_split_within_a_conditional(platform):
-    spread = jax.jit(Leaves((1, 0), 2).per_array).trace(jnp.ones(2))
-    here, there = (
-        spread.lower(lowering_platforms=(name,)).as_text().count("stablehlo.case")
-        for name in ("cpu", platform)
-    )
-    # The others are choices that have been made.
-    assert here == there + 1

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from clipper_table import CLIPPERS
+from clipper_table import CLIPPERS, FUNCTIONS
 from flax.training.train_state import TrainState
 from jax.sharding import PartitionSpec as P
 from trees import assert_same_bits
@@ -227,11 +227,10 @@ NO_STATES = {
 @pytest.mark.parametrize(
     ("tx", "name"),
     [
-        (smartclip.zclip(), "ClipState"),
-        (smartclip.agc(), "ClipState"),
+        *((make(), "ClipState") for make in FUNCTIONS.values()),
         (smartclip.skip_spikes(optax.sgd(0.1)), "SkipState"),
     ],
-    ids=["zclip", "agc", "skip_spikes"],
+    ids=[*FUNCTIONS, "skip_spikes"],
 )
 def test_a_value_that_is_not_a_state_is_refused_with_a_hint(tx, name, given):
     message = rf"`state` must be the {name} .* got an object of type \w+\. `smartclip.graft`"

@@ -127,7 +127,7 @@ def test_a_run_resumed_from_orbax_after_any_step_equals_the_uninterrupted_run(na
 
 
 def test_a_run_saved_in_the_background_is_resumed_bit_for_bit(tmp_path):
-    name = "zclip"
+    name = "autoclip"
     # The next step overwrites the buffers that are being saved.
     trainer = build(CLIPPERS[name](), donate_argnums=(0, 1))
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=True, max_to_keep=None)

@@ -17,7 +17,7 @@ import optax
 import pytest
 import reference
 from breadth import KINDS, each_value, long_but, one_of_each_kind
-from clipper_table import CLIPPERS
+from clipper_table import CLIPPERS, scope_of
 from compat import lenient
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -27,8 +27,9 @@ import optax_smartclip as smartclip
 
 MODES = [AxisType.Explicit, AxisType.Auto]
 modes = pytest.mark.parametrize("mode", MODES)
-# The norms of zclip are summed as those of autoclip are.
-some_kinds = pytest.mark.parametrize("name", long_but(KINDS - {"zclip"}, CLIPPERS))
+# In one scope, norms are summed alike.
+ONE_OF_EACH_SCOPE = {scope_of(name): name for name in sorted(KINDS, reverse=True)}.values()
+each_scope = pytest.mark.parametrize("name", long_but(set(ONE_OF_EACH_SCOPE), CLIPPERS))
 
 SHAPES = {"bias": (8,), "body": {"kernel": (16, 8)}}
 # As under FSDP: each leaf is split along one of its axes.
@@ -109,7 +110,7 @@ def check_jit(name, mode):
     assert counts[1] == (2 if name == "agc" else 1)
 
 
-@some_kinds
+@each_scope
 def test_fsdp_on_explicit_axes_equals_one_device(name):
     check_jit(name, AxisType.Explicit)
 
@@ -188,7 +189,7 @@ def shard_map(update, mesh, spec):
     )
 
 
-@some_kinds
+@each_scope
 def test_shard_map_with_axis_name_equals_one_device(name):
     tx = CLIPPERS[name](axis_name="x")
     update = jax.jit(shard_map(tx.update, make_mesh(AxisType.Auto, 8), SPLIT))
@@ -258,7 +259,7 @@ def test_shard_map_over_explicit_axes_and_several_names():
 
 
 def test_pmap_with_axis_name_equals_one_device():
-    name = "zclip"
+    name = "autoclip"
     tx = CLIPPERS[name](axis_name="devices")
 
     def split(tree):

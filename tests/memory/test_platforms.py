@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lowered import conditionals, lowered_for, operations
 from programs import W, X, assert_same, chain, mapped
 
 from optax_smartclip.memory import height_compressed_grad
 
-BARRIER, CONDITIONAL = "stablehlo.optimization_barrier", "stablehlo.case"
+BARRIER = "stablehlo.optimization_barrier"
 
 
 def layered(ws, x):
@@ -16,28 +17,6 @@ def layered(ws, x):
     for w in ws:
         x = jnp.tanh(x @ w) + x
     return jnp.mean(x**2)
-
-
-def lowered_for(platform, gradient, *args):
-    lowered = jax.jit(gradient).trace(*args).lower(lowering_platforms=(platform,))
-    return lowered.compiler_ir("stablehlo").operation
-
-
-def operations(root, name):
-    """All operations of this name in an MLIR operation."""
-    for region in root.regions:
-        for block in region.blocks:
-            for each in block.operations:
-                if each.operation.name == name:
-                    yield each.operation
-                yield from operations(each.operation, name)
-
-
-def conditionals(root):
-    """Conditionals on a value. JAX writes others on the platform, whose operand is constant."""
-    for case in operations(root, CONDITIONAL):
-        if len(case.regions) > 1 and case.operands[0].owner.name != "stablehlo.constant":
-            yield case
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,6 @@ OTHER_TESTS = {
         "integration/test_skip_spikes_wrappers.py",
         "test_cost.py",
     ],
-    "late_imports": ["engine/test_states.py", "integration/test_checkpoints.py"],
     "learning": ["engine/test_rule.py", "clippers/test_skip_spikes.py"],
     "matrices": ["clippers/test_spectral_clip.py"],
     "meshes": [
@@ -105,6 +104,7 @@ OTHER_TESTS = {
         "integration/test_micro_batches.py",
     ],
     "scaling": ["engine/test_scaling.py", "test_min_scale.py", "clippers/test_agc.py"],
+    "skip_spikes": ["clippers/test_skip_spikes.py", "test_filled_states.py"],
     "singular_values": ["clippers/test_spectral_clip.py"],
     "stacks": ["test_stacked.py"],
     "trees": ["engine/test_groups.py", "engine/test_rule.py"],
