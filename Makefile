@@ -80,8 +80,8 @@ study-rules: $(VENV)/study ## Train candidates for the rule of autoclip() on hal
 study-updates: $(VENV)/study ## Train clippers of the update, StableAdamW and spectral clipping on the transformers.
 	PYTHONPATH=benchmarks:examples $(BIN)/python -m study.updates $(ARGS)
 
-micro-batches: $(VENV)/test ## Clip examples, micro-batches or the batch where examples are damaged.
-	$(BIN)/python benchmarks/micro_batches.py $(ARGS)
+micro-batches: $(VENV)/study ## Clip examples, micro-batches or the batch where examples are damaged.
+	PYTHONPATH=benchmarks:examples $(BIN)/python benchmarks/micro_batches.py $(ARGS)
 
 docs: $(VENV)/docs ## Build the site; warnings are errors.
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html

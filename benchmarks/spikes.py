@@ -34,6 +34,7 @@ import jax
 import numpy as np
 import optax
 import streams
+from cell_colors import text_color
 from damaged_text import Wrap
 
 import optax_smartclip as smartclip
@@ -257,7 +258,8 @@ def plot(results: Streams, training: Training, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(10, 0.26 * len(results) + 1.9), layout="constrained")
     image = axes.imshow(shown, cmap="RdBu_r", vmin=-1.5, vmax=1.5, aspect="auto")
     for (row, column), text in np.ndenumerate(texts):
-        axes.text(column, row, text, ha="center", va="center", fontsize=7)
+        color = text_color(image.to_rgba(shown[row, column]))
+        axes.text(column, row, text, ha="center", va="center", color=color, fontsize=7.5)
     axes.set_xticks(range(len(titles)), titles, rotation=40, ha="left", rotation_mode="anchor")
     # Long labels are wrapped, since they would leave less width for the cells.
     labels = [textwrap.fill(label, LABEL_WIDTH) for label in results]

@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_ext"))
 
 project = "optax-smartclip"
-author = "The optax-smartclip authors"
+author = "the optax-smartclip authors"
 project_copyright = author
 release = version = optax_smartclip.__version__
 
@@ -34,8 +34,10 @@ myst_dmath_double_inline = True
 
 # The notebooks are stored with their outputs. `make colabs` runs them.
 nb_execution_mode = "off"
+nb_merge_streams = True
 
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # The extension `docstrings` puts them next to each argument.
 autoclass_content = "class"
 add_module_names = False

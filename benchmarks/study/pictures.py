@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from cell_colors import text_color
 from study.arms import AUTO, NONE, fixed
 from study.measures import capped, diverged, lost_progress
 from study.results import ARM, Outcome, Table
@@ -99,12 +100,12 @@ def _heat_map(lost: np.ndarray, arms: Sequence[str], titles: Sequence[str]) -> p
     image = axis.imshow(lost, cmap="Reds", norm=mpl.colors.PowerNorm(0.5, 0, 50), aspect="auto")
     for (row, column), figure_lost in np.ndenumerate(lost):
         if np.isfinite(figure_lost):
-            color = "white" if figure_lost > 25 else "black"
+            color = text_color(image.to_rgba(figure_lost))
             text = f"{figure_lost:.0f}" if figure_lost >= 9.5 else f"{figure_lost:.1f}"
             axis.text(column, row, text, ha="center", va="center", color=color, fontsize="small")
     axis.set_xticks(range(columns), titles, rotation=40, ha="right")
     axis.set_yticks(range(rows), arms)
-    figure.colorbar(image, label="% of progress lost", pad=0.01)
+    figure.colorbar(image, label="% of progress lost", pad=0.01, extend="max")
     return figure
 
 

@@ -1,8 +1,9 @@
 """Makes pages fit narrow windows.
 
 A long piece of code in a table may break after a dot, a slash, an underscore, a comma, an equals
-sign or an opening bracket. A number stays with its percent sign or its "+-". Each picture leads to
-its file, where a reader can enlarge it.
+sign or an opening bracket. A number stays with its percent sign and its error, before which "±"
+stands in place of "+-": a browser may break that after the hyphen. Each picture leads to its file,
+where a reader can enlarge it.
 """
 
 import re
@@ -18,7 +19,9 @@ WORD = re.compile(r'(?<=<span class="pre">)[^<]{16,}(?=</span>)')
 BREAK = re.compile(r"(?<=\w)(?:[_/,(\[]|[.=](?!\d))(?=[\w&])")
 # The length of a word that may also break in a wide window.
 LONG = 32
-UNBROKEN = re.compile(r"(?<=\d) (?=%)|(?<=\+-) (?=\d)")
+UNBROKEN = re.compile(r"(?<=\d) (?=%)")
+ERROR = re.compile(r"(?<=\d) (?:\+-|±) (?=\d)")
+SPACE = "\N{NO-BREAK SPACE}"
 CODE = nodes.literal, nodes.FixedTextElement, nodes.math, nodes.math_block
 # The width, in pixels, of a picture that has many panels or cells.
 LARGE = 1100
@@ -38,10 +41,10 @@ def with_breaks(word: re.Match[str]) -> str:
 
 
 def keep_numbers_whole(app: Sphinx, doctree: nodes.document) -> None:
-    """Puts a space that does not break before each percent sign and after each "+-"."""
+    """Puts spaces that do not break before each percent sign and around each "±"."""
     del app
     for text in list(doctree.findall(nodes.Text)):
-        whole = UNBROKEN.sub("\N{NO-BREAK SPACE}", text)
+        whole = ERROR.sub(f"{SPACE}±{SPACE}", UNBROKEN.sub(SPACE, text))
         if whole != text and not isinstance(text.parent, CODE):
             text.parent.replace(text, nodes.Text(whole))
 

@@ -71,7 +71,7 @@ def adagc(
     `absolute_clip` to norms 50 times as large. `record_limit=3.0` fixes this: norms are then
     recorded as at most three times the average, which follows a tenfold rise in some 250 steps.
 
-    Differences to the publication: zeros are not recorded (one in warm-up would set the threshold
+    Differences from the publication: zeros are not recorded (one in warm-up would set the threshold
     of its tensor to zero for good), NaN and Inf neither (there, they switch clipping off).
 
     Args:

@@ -95,7 +95,7 @@ def autoclip(
 
     With `outliers_only=True`, ordinary noise is left alone: the threshold is
     `q75 + 1.5 * (q75 - q25)` of the last 112 norms, and three times their median until there are
-    10. It trains worse at rates where the step should be steadied (see docs/choosing.md).
+    10. It trains worse at rates where the step should be steadied (see "Choosing a clipper").
 
     With a percentile, gradients are cut to that percentile of the last 1,024 raw norms, *the
     current one included*, as in the AutoClip paper (which keeps all norms ever seen; use

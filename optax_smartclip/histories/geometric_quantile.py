@@ -42,7 +42,7 @@ def geometric_quantile(rate: Any = 0.02) -> NormHistory:
     """One percentile of each group's norms, moved by a fixed factor at each exceedance.
 
     Takes a constant amount of memory, adapts to a new level of the norms exponentially fast, and
-    is bounded in its response to any one norm. Two differences to the publication:
+    is bounded in its response to any one norm. Two differences from the publication:
 
     - The first 8 norms are kept, and their median is where the estimate starts, so that the
       scale of the norms never matters.
