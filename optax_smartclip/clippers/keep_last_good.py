@@ -140,7 +140,7 @@ def keep_last_good(
         >>> float(params)
         10.0
     """
-    checks.check_number("every", every, 1.0, 2.0**31 - 1, allowed="a number of steps, >= 1")
+    checks.check_steps("every", every, low=1)
     checks.check_transformation("inner", inner)
     checks.check_choice("memory_kind", memory_kind, (None, _PINNED_HOST))
     inner = optax.with_extra_args_support(inner)

@@ -224,17 +224,8 @@ def skip_spikes(
     checks.check_size("window", window, MAX_SIZE, low=4)
     if rule is not None and not isinstance(rule, ThresholdRule):
         raise ValueError(f"`rule` must be a ThresholdRule or None, got {rule!r}.")
-    checks.check_number(
-        "max_consecutive", max_consecutive, 1.0, 2.0**31 - 1, allowed="a number of steps, >= 1"
-    )
-    if give_up_after is not None:
-        checks.check_number(
-            "give_up_after",
-            give_up_after,
-            1.0,
-            2.0**31 - 1,
-            allowed="a number of steps, >= 1, or None",
-        )
+    checks.check_steps("max_consecutive", max_consecutive, low=1)
+    checks.check_steps("give_up_after", give_up_after, low=1, optional=True)
     checks.check_clip_options(warmup_steps, None, "zero")
     checks.check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)

@@ -17,6 +17,9 @@ from jaxtyping import Array, Float
 # The size of a float32.
 _EXACT_BYTES = 4
 
+# Steps are counted in int32.
+_MOST_STEPS = 2**31 - 1
+
 STATIC_HINT = " (Under optax.inject_hyperparams, name it in `static_args`.)"
 
 
@@ -88,6 +91,13 @@ def check_decay(decay: Any, name: str = "decay") -> None:
     check_number(name, decay, 0.0, 1.0, allowed="in [0, 1)", strict_high=True)
 
 
+def check_steps(name: str, value: Any, *, low: int = 0, optional: bool = False) -> None:
+    """Raises ValueError unless `value` is a number from `low` to the largest int32, or None."""
+    if value is not None or not optional:
+        allowed = f"a number of steps from {low} to {_MOST_STEPS}{', or None' if optional else ''}"
+        check_number(name, value, float(low), float(_MOST_STEPS), allowed=allowed)
+
+
 def check_size(
     name: str, value: Any, high: int, *, low: int = 1, why: str = "it sets the shape of the state"
 ) -> None:
@@ -152,7 +162,7 @@ def check_clip_options(
     warmup_steps: Any, max_norm: Any, nonfinite: Any, min_scale: Any = None
 ) -> None:
     """Checks the arguments that all clippers share."""
-    check_number("warmup_steps", warmup_steps, 0.0, 2.0**31 - 1, allowed="a number of steps, >= 0")
+    check_steps("warmup_steps", warmup_steps)
     check_positive("max_norm", max_norm, none="for no ceiling")
     check_choice("nonfinite", nonfinite, ("zero", "propagate"))
     if min_scale is not None:

@@ -116,8 +116,7 @@ class StatefulClipper:
                 raise ValueError(f"`{name}` must be a single value, got {value!r}.")
             setattr(self, name, to_python(value))
         for name in ("warmup_steps", "min_history"):
-            steps = getattr(self, name)
-            checks.check_number(name, steps, 0.0, 2.0**31 - 1, allowed="a number of steps, >= 0")
+            checks.check_steps(name, getattr(self, name))
         checks.check_number("eps", self.eps, 0.0, float("inf"), allowed="positive", strict_low=True)
         checks.check_choice("scope", self.scope, SCOPES)
         check_stacked(self.stacked, self.scope)

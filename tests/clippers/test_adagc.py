@@ -269,7 +269,7 @@ def test_derivatives_at_a_zero_gradient_are_finite(absolute_clip):
         ("decay", float("nan"), "in [0, 1)"),
         ("absolute_clip", -1.0, "positive, or None to cut nothing in warm-up"),
         ("record_limit", 0.0, "positive, or None to record clipped norms"),
-        ("warmup_steps", -1, "a number of steps, >= 0"),
+        ("warmup_steps", -1, "a number of steps from 0 to 2147483647"),
         ("max_norm", 0.0, "positive, or None for no ceiling"),
     ],
 )

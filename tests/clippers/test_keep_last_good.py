@@ -423,9 +423,12 @@ BARE = inspect.unwrap(keep_last_good)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"every": 0}, "`every` must be a number of steps, >= 1, got 0."),
-        ({"every": 2**31}, "`every` must be a number of steps, >= 1, got 2147483648."),
-        ({"every": None}, "`every` must be a number of steps, >= 1, got None."),
+        ({"every": 0}, "`every` must be a number of steps from 1 to 2147483647, got 0."),
+        (
+            {"every": 2**31},
+            "`every` must be a number of steps from 1 to 2147483647, got 2147483648.",
+        ),
+        ({"every": None}, "`every` must be a number of steps from 1 to 2147483647, got None."),
         ({"memory_kind": "host"}, "`memory_kind` must be one of None, 'pinned_host', got 'host'."),
         (
             {"inner": 3},

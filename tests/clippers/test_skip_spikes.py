@@ -646,12 +646,15 @@ NUMBERS = {
         "a Python int from 4 to 16777216 (it sets the shape of the state)",
         (3, 2**24 + 1, 128.0, True, None),
     ),
-    "max_consecutive": ("a number of steps, >= 1", (0, -1, 0.5, NAN, INF, 2**31, None, True)),
+    "max_consecutive": (
+        "a number of steps from 1 to 2147483647",
+        (0, -1, 0.5, NAN, INF, 2**31, None, True),
+    ),
     "give_up_after": (
-        "a number of steps, >= 1, or None",
+        "a number of steps from 1 to 2147483647, or None",
         (0, -1, 0.5, NAN, INF, 2**31, "3", True),
     ),
-    "warmup_steps": ("a number of steps, >= 0", (-1, NAN, INF, 2**31, None, False)),
+    "warmup_steps": ("a number of steps from 0 to 2147483647", (-1, NAN, INF, 2**31, None, False)),
     "rule": ("a ThresholdRule or None", ("median", 6.0, max)),
     "inner": (
         "a gradient transformation, as optax.adamw(3e-4) is",

@@ -222,7 +222,10 @@ def test_the_derivative_of_the_reciprocal_is_right_at_any_scale(size):
             {"record_limit": 0.0},
             "`record_limit` must be positive, or None to record clipped norms, got 0.0.",
         ),
-        ({"warmup_steps": -1}, "`warmup_steps` must be a number of steps, >= 0, got -1."),
+        (
+            {"warmup_steps": -1},
+            "`warmup_steps` must be a number of steps from 0 to 2147483647, got -1.",
+        ),
         ({"max_norm": 0.0}, "`max_norm` must be positive, or None for no ceiling, got 0.0."),
     ],
     ids=str,

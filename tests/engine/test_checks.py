@@ -89,7 +89,7 @@ def test_a_bad_argument_is_named_with_its_value(factory, name, value):
         (smartclip.agc, "eps", 0, "positive"),
         (smartclip.geometric_quantile, "rate", 2, "in (0, 1]"),
         (smartclip.ring_buffer, "size", 0, "a Python int from 1 to 16777216"),
-        (clip_by_rule, "warmup_steps", -1, "a number of steps, >= 0"),
+        (clip_by_rule, "warmup_steps", -1, "a number of steps from 0 to 2147483647"),
         (clip_by_rule, "max_norm", 0, "positive, or None"),
         (clip_by_rule, "min_scale", 2, "in [0, 1], or None"),
         (clip_by_rule, "nonfinite", "x", "one of 'zero', 'propagate'"),

@@ -485,9 +485,15 @@ def test_can_clip_and_num_steps_are_python_values_outside_of_a_traced_step(cls):
 
 SHARED_ERRORS = [
     ({"scope": "layer"}, r"`scope` must be one of 'global', 'per_layer', 'per_param', got 'layer'"),
-    ({"warmup_steps": -1}, r"`warmup_steps` must be a number of steps, >= 0, got -1"),
-    ({"min_history": -2}, r"`min_history` must be a number of steps, >= 0, got -2"),
-    ({"min_history": float("nan")}, r"`min_history` must be a number of steps, >= 0, got nan"),
+    (
+        {"warmup_steps": -1},
+        r"`warmup_steps` must be a number of steps from 0 to 2147483647, got -1",
+    ),
+    ({"min_history": -2}, r"`min_history` must be a number of steps from 0 to 2147483647, got -2"),
+    (
+        {"min_history": float("nan")},
+        r"`min_history` must be a number of steps from 0 to 2147483647, got nan",
+    ),
     ({"eps": 0.0}, r"`eps` must be positive, got 0.0"),
     ({"eps": float("nan")}, r"`eps` must be positive, got nan"),
     ({"eps": True}, r"`eps` must be positive, got True"),
