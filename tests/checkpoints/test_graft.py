@@ -173,6 +173,16 @@ def test_clippers_of_one_kind_go_on_in_their_order(tmp_path):
         assert_same_bits(jax.tree.map(jnp.asarray, grafted), (saved[0], saved[2], saved[1]))
 
 
+def test_the_eleventh_link_of_a_chain_comes_after_the_fourth(tmp_path):
+    nothing = optax.identity()
+    links = [nothing, nothing, sgd(), *[nothing] * 6, sgd()]
+    saved = after(optax.chain(*links))
+    new = optax.chain(autoclip(), *links)
+    for form in in_every_form(saved, tmp_path):
+        grafted = smartclip.graft(form, new.init(PARAMS))
+        assert_same_bits(jax.tree.map(jnp.asarray, grafted[1:]), saved)
+
+
 def test_a_clipper_with_another_window_or_other_groups_starts_from_its_initial_state(tmp_path):
     saved = after(optax.chain(autoclip(), sgd()))
     others = [

@@ -145,7 +145,7 @@ def test_the_cut_is_exact_up_to_the_reach(num_iterations):
         assert largest(found - cut_in_float64(matrix, limit)) < 5e-4 * limit
 
 
-@pytest.mark.parametrize("num_iterations", REACH)
+@pytest.mark.parametrize("num_iterations", range(6, 13))
 def test_at_the_reach_singular_values_of_any_size_are_exact(num_iterations):
     """In float64, where rounding does not hide an error."""
     limit = 1.001 / REACH[num_iterations]
