@@ -32,7 +32,7 @@ test-lowest: $(LOWEST)/test ## Test with the lowest versions that pyproject.toml
 test-deprecations: $(VENV)/test ## Test with warnings as errors.
 	$(BIN)/pytest $(PYTEST_OPTIONS) -W error
 
-mutation: $(VENV)/mutation ## Find small mistakes that the tests miss: an hour; ARGS="--modules norms" for a part.
+mutation: $(VENV)/mutation ## Find small mistakes that the tests miss: over an hour; ARGS="--modules norms" for a part.
 	$(BIN)/python tests/mutation/run.py $(ARGS)
 
 lint: $(LINT)/lint ## Check style and types.

@@ -145,7 +145,7 @@ def _difference(source: str, mutated: str) -> tuple[int, str, str]:
 
 
 def _skipped(tree: ast.Module) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Yields the ranges of annotations, and of `raise` statements and other mere checks."""
+    """Yields the ranges of annotations, `raise` statements and zip's `strict=`, a mere check."""
     for node in ast.walk(tree):
         parts: list[ast.AST | None] = []
         if isinstance(node, ast.FunctionDef):
@@ -158,8 +158,8 @@ def _skipped(tree: ast.Module) -> Iterator[tuple[tuple[int, int], tuple[int, int
                 args.kwarg,
             ]
             parts = [node.returns, *(arg.annotation for arg in every if arg)]
-            # Decorators for type checkers, and those that save time.
-            parts += [part for part in node.decorator_list if _has_no_effect(part)]
+            # Decorators for type checkers.
+            parts += [part for part in node.decorator_list if "transform" in ast.dump(part)]
             # The asterisk before keyword-only arguments, which may become a slash.
             if args.kwonlyargs and args.args:
                 last, first = (args.defaults or args.args)[-1], args.kwonlyargs[0]
@@ -167,7 +167,7 @@ def _skipped(tree: ast.Module) -> Iterator[tuple[tuple[int, int], tuple[int, int
         elif isinstance(node, ast.AnnAssign):
             parts = [node.annotation]
         elif isinstance(node, ast.Raise) or (
-            isinstance(node, ast.keyword) and node.arg in ("strict", "frozen")
+            isinstance(node, ast.keyword) and node.arg == "strict"
         ):
             parts = [node]
         elif isinstance(node, ast.Module):
@@ -178,13 +178,6 @@ def _skipped(tree: ast.Module) -> Iterator[tuple[tuple[int, int], tuple[int, int
                 (part.lineno, part.col_offset - 1),
                 (part.end_lineno, part.end_col_offset),
             )
-
-
-def _has_no_effect(decorator: ast.expr) -> bool:
-    """Whether a decorator changes no value."""
-    names = {"dataclass_transform", "abstractmethod", "cache", "jit"}
-    found = {getattr(node, "attr", getattr(node, "id", "")) for node in ast.walk(decorator)}
-    return not names.isdisjoint(found)
 
 
 def _is_union(node: ast.expr) -> bool:
