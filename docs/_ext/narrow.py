@@ -20,7 +20,8 @@ BREAK = re.compile(r"(?<=\w)(?:[_/,(\[]|[.=](?!\d))(?=[\w&])")
 # The length of a word that may also break in a wide window.
 LONG = 32
 UNBROKEN = re.compile(r"(?<=\d) (?=%)")
-ERROR = re.compile(r"(?<=\d) (?:\+-|±) (?=\d)")
+ERROR = re.compile(r"(?<=\w) (?:\+-|±) (?=\w)")
+PUNCTUATION = ".,;:)"
 SPACE = "\N{NO-BREAK SPACE}"
 CODE = nodes.literal, nodes.FixedTextElement, nodes.math, nodes.math_block
 # The width, in pixels, of a picture that has many panels or cells.
@@ -49,6 +50,18 @@ def keep_numbers_whole(app: Sphinx, doctree: nodes.document) -> None:
             text.parent.replace(text, nodes.Text(whole))
 
 
+def keep_stops(app: Sphinx, doctree: nodes.document) -> None:
+    """Keeps a formula and the stop after it in one line, by a class of site.css."""
+    del app
+    for math in list(doctree.findall(nodes.math)):
+        following = math.next_node(descend=False, siblings=True)
+        if isinstance(following, nodes.Text) and following[0] in PUNCTUATION:
+            math.parent.replace(following, nodes.Text(following[1:]))
+            whole = nodes.inline("", "", classes=["whole"])
+            math.parent.replace(math, whole)
+            whole += [math, nodes.Text(following[0])]
+
+
 def link_pictures(app: Sphinx, doctree: nodes.document) -> None:
     """Sets a scale, because Sphinx links each picture that has one to its file."""
     for image in doctree.findall(nodes.image):
@@ -62,5 +75,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Registers the extension."""
     app.connect("html-page-context", break_words)
     app.connect("doctree-read", keep_numbers_whole)
+    app.connect("doctree-read", keep_stops)
     app.connect("doctree-read", link_pictures)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
