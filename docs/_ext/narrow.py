@@ -2,8 +2,8 @@
 
 A long piece of code in a table may break after a dot, a slash, an underscore, a comma, an equals
 sign or an opening bracket. A number stays with its percent sign and its error, before which "±"
-stands in place of "+-": a browser may break that after the hyphen. Each picture leads to its file,
-where a reader can enlarge it.
+stands in place of "+-": a browser may break that after the hyphen. A formula stays with the stop
+after it. Each picture leads to its file, where a reader can enlarge it.
 """
 
 import re
