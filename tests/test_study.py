@@ -378,13 +378,13 @@ def test_the_page_quotes_the_stored_results():
 def test_the_page_quotes_the_gains_of_the_stored_results(name):
     page = (ROOT / "docs" / "choosing.md").read_text()
     section = page.partition("## Clipping the update")[2].partition("\n## ")[0]
-    of_task = section.partition(f"{name}` |")[2].partition("\n\n")[0]
+    of_task = section.partition(f"{name}`, % |")[2].partition("\n\n")[0]
     quoted = dict(re.findall(r"^\| `(.+?)` \| (.+) \|$", of_task, re.MULTILINE))
     table = load(study.STORED / "updates" / f"{name}.csv")
     expected = {}
     for arm in set(of_arms(table)) - {NONE}:
         found = updates.gain(table, arm)
-        cells = [f"{each.mean:+.2f} +- {each.half:.2f} %" if each else "-" for each in found]
+        cells = [f"{each.mean:+.2f} +- {each.half:.2f}" if each else "-" for each in found]
         expected[arm] = " | ".join(cells)
     assert quoted == expected
 
