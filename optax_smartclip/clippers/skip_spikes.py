@@ -279,8 +279,9 @@ def skip_spikes(
             extra_args["value"] = value
 
         detector = state.detector
-        seen = jnp.stack([reported(norm), reported(loss)])
-        given = jnp.stack([reported(norm) != 0, jnp.asarray(value is not None)])
+        seen_norm, seen_value = reported(norm), reported(loss)
+        seen = jnp.stack([seen_norm, seen_value])
+        given = jnp.stack([seen_norm != 0, jnp.asarray(value is not None)])
         finite = given & jnp.stack([jnp.isfinite(norm), jnp.isfinite(loss)])
         check_rule_fields(detector.history, rule_fields)
         learned = learn(detect, detector.history, detector.num_observed, seen, finite)
@@ -306,9 +307,9 @@ def skip_spikes(
             num_observed=learned.num_observed,
             num_in_a_row=jnp.where(judged, in_a_row, detector.num_in_a_row),
             last=SkipMetrics(
-                skip_norm=reported(norm),
+                skip_norm=seen_norm,
                 skip_norm_threshold=norm_threshold,
-                skip_value=reported(loss),
+                skip_value=seen_value,
                 skip_value_threshold=value_threshold,
                 skipped=skip,
                 num_skipped=increment_where(skip, detector.last.num_skipped),
